@@ -1,0 +1,345 @@
+"""The configuration: one section a stage, unknown keys forbidden, units in the descriptions.
+
+`python -m bitalloc.config` writes `config/config.yaml` (every default with its meaning) and
+`config/schema.json` from these classes; a test holds them in step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import textwrap
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from bitalloc.errors import BitallocError, nearest
+from bitalloc.families import FAMILIES
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Bits = Literal[2, 3, 4, 8, 16]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Corpus(Section):
+    """Where a corpus comes from. Sources are tried in order; environment variables expand."""
+
+    sources: list[str] = Field(
+        description="`world`, `docstrings`, a local text or .json file, or hub:<dataset>@<revision>/<parquet file>"
+    )
+    separator: str = Field("\n\n", description="put between documents")
+
+
+class Retrieve(Section):
+    calibrate: list[str] = Field(["wikitext2_train"], description="corpora that moments are measured on")
+    select: list[str] = Field(["wikitext2"], description="corpora on which `best` is chosen")
+    report: list[str] = Field(["wikitext2"], description="corpora that are reported; disjoint windows from select")
+    window: Positive = Field(2048, description="tokens in a window")
+    calibrate_windows: Positive = Field(1024, description="windows of the calibrate split, over all its corpora")
+    select_windows: Positive = Field(32, description="windows of the select split, for each corpus")
+    report_windows: Positive = Field(64, description="windows of the report split, for each corpus")
+    items: dict[str, Positive] = Field({}, description="task of the synthetic world -> number of items")
+
+
+class Calibrate(Section):
+    token_normalised: bool = Field(False, description="scale each token's input to unit length before averaging")
+    batch: Positive = Field(8, description="windows a forward pass")
+
+
+class Sweep(Section):
+    quantizers: list[str] = Field(["gptq"], description="members of the quantiser family")
+    bits: list[Bits] = Field([2, 3, 4], description="bits of a code; 16 passes the matrix through")
+    group_sizes: list[Positive] = Field([128], description="weights along the input that share one scale")
+    ranks: list[Annotated[int, Field(ge=0)]] = Field([0, 32, 64, 128, 256], description="ranks of the low-rank part")
+    symmetric: bool = Field(False, description="codes without a zero point")
+    factor_bits: Literal[8, 16] = Field(8, description="bits of an entry of the low-rank factors")
+    damping: Annotated[float, Field(gt=0)] = Field(0.1, description="added to H, as a share of its mean diagonal")
+    act_order: bool = Field(True, description="quantise groups, and columns within them, by falling activation energy")
+    iterations: Positive = Field(1, description="low-rank/quantise rounds after the low-rank-first start; best is kept")
+    unit: Literal["layer", "matrix", "experiment"] = Field("layer", description="experiments of a job (layer: a block)")
+    keep_matrices: bool | Literal["auto"] = Field(
+        "auto", description="keep compressed matrices beside the errors; auto: when all together take under keep_limit"
+    )
+    keep_limit: str = Field("2GB", description="bytes, for keep_matrices: auto")
+    workspace: str = Field("2GB", description="bytes that stacked options may take; more are done in turns")
+
+
+class Sensitivity(Section):
+    signal: Literal["kl", "fisher"] = Field("kl", description="the signal that the allocation uses")
+    signals: list[Literal["kl", "fisher"]] = Field(["kl"], description="the signals that are measured")
+    probe_bits: Bits = Field(3, description="bits of the probe option, rank 0")
+    windows: Positive = Field(16, description="calibrate windows that are scored")
+
+
+class Fit(Section):
+    form: Literal["additive", "multiplicative", "exponential"] = Field(
+        "multiplicative", description="the law that fills in unmeasured options when its gate says GO"
+    )
+    extra_ranks: list[Positive] = Field([], description="ranks offered to the allocation without being swept")
+    resamples: Positive = Field(200, description="bootstrap resamples over matrices")
+
+
+class Allocate(Section):
+    budgets: list[str] = Field(
+        ["uniform 2b", "2.6bpw", "uniform 3b"],
+        description="`8GB`/`8GiB` for the whole checkpoint, `2.6bpw` over the claimed matrices, `uniform 3b g64 r8`",
+    )
+    strategies: list[str] = Field(
+        ["uniform", "optimal", "bits_only", "rank_only", "manual", "greedy"], description="members of the family"
+    )
+    runners_up: Annotated[int, Field(ge=0)] = Field(2, description="near-optimal plans that compete for `best`")
+    jitter: float = Field(0.2, description="log-normal spread of the coefficients from which runners-up are solved")
+    pool: Annotated[int, Field(ge=0)] = Field(20, description="random plans for each budget")
+    pool_slack: Share = Field(0.01, description="share of the budget that a random plan may leave unused")
+
+
+class Compress(Section):
+    plans: list[str] = Field(["best"], description="strategies whose plans are written as checkpoints, at every budget")
+
+
+class Evaluate(Section):
+    suites: list[str] = Field(["perplexity", "divergence"], description="members of the suite family")
+    batch: Positive = Field(8, description="windows a forward pass")
+    stride: Positive | None = Field(None, description="tokens between windows of perplexity; null = window length")
+    resamples: Positive = Field(2000, description="bootstrap resamples of an interval")
+    jobs: Positive = Field(1, description="jobs among which the plans are shared out")
+
+
+class Analyze(Section):
+    resamples: Positive = Field(2000, description="bootstrap resamples")
+    folds: Positive = Field(20, description="random item splits of the cross-fitted selection regret")
+
+
+class Check(Section):
+    threshold: float = Field(description="what the measured value is held against")
+    mode: Literal["stop", "warn", "fallback"] | None = Field(None, description="overrides gates.mode for this check")
+    why: str = Field("", description="the measured value and the reason, required where a check only warns")
+
+    @model_validator(mode="after")
+    def _explained(self) -> Check:
+        if self.mode == "warn" and not self.why:
+            raise ValueError("a check that only warns needs `why`: the measured value and the reason")
+        return self
+
+
+def _check(threshold: float, description: str, **kwargs: Any) -> Any:
+    return Field(Check(threshold=threshold, **kwargs), description=description)
+
+
+class Checks(Section):
+    completeness: Check = _check(1.0, "share of the planned experiments that have a finite error, at least")
+    sensitivity_spread: Check = _check(3.0, "largest over smallest coefficient, more than")
+    error_range: Check = _check(10.0, "largest over smallest rel_error of the median matrix, more than")
+    layer_spread: Check = _check(1.5, "largest over smallest mean rel_error of a block at the probe option, more than")
+    r2: Check = _check(0.7, "R^2 of log error, in sample, more than", mode="fallback")
+    r2_leave_one_out: Check = _check(0.9, "R^2 of log error, each option left out in turn, more than", mode="fallback")
+    r2_rank: Check = _check(0.5, "R^2 of the effect of rank, log E(b,r) - log E(b,0), more than", mode="fallback")
+    r2_interpolation: Check = _check(0.6, "leave-one-out R^2 of the fallback, monotone interpolation, more than")
+    beta: Check = _check(0.0, "decay with bits: lower end of its interval, more than")
+    delta: Check = _check(0.0, "decay with rank: lower end of its interval, more than")
+    r2_attention: Check = _check(0.7, "R^2 of log error over attention matrices, more than", mode="fallback")
+    r2_mlp: Check = _check(0.7, "R^2 of log error over MLP matrices, more than", mode="fallback")
+    objective_gap: Check = _check(
+        0.005, "1 - objective of optimal over uniform, best budget, more than", mode="fallback"
+    )
+    predicted_bytes: Check = _check(0.001, "|bytes on disk / predicted - 1|, at most")
+    manual_gain: Check = _check(0.02, "1 - PPL of manual over uniform at equal bytes, more than")
+    optimal_recovery: Check = _check(
+        0.25, "share of uniform's excess loss that best recovers at 2.4-2.7 bits a weight (or 5 % PPL), at least"
+    )
+    downstream: Check = _check(2.0, "points of accuracy that best loses to the reference, at most")
+
+
+class Gates(Section):
+    mode: Literal["stop", "warn"] = Field(
+        "stop", description="what a NO-GO does: halt its branch, or stamp what follows"
+    )
+    checks: Checks = Field(default_factory=Checks, description="the criteria")
+
+
+class Model(Section):
+    """A row of the model sheet. Give a hub id with a revision, or a local directory."""
+
+    hub: str | None = Field(None, description="Hugging Face id")
+    revision: str = Field("main", description="commit, tag or branch of the hub id")
+    path: str | None = Field(None, description="local directory, tried before the hub; environment variables expand")
+    family: str = Field(description="architecture, see bitalloc/families.py")
+    blocks: Positive = Field(description="transformer blocks; the work is planned from it before the weights are here")
+    remote_code: bool = Field(False, description="never set by us: run code that ships with the checkpoint")
+    settings: dict[str, Any] = Field({}, description="what departs from the configuration for this model")
+
+    @model_validator(mode="after")
+    def _complete(self) -> Model:
+        if self.hub is None and self.path is None:
+            raise ValueError("give `hub` (an id) or `path` (a local directory)")
+        if self.family not in FAMILIES:
+            raise ValueError(f"unknown family {self.family!r}: {nearest(self.family, FAMILIES)}")
+        return self
+
+
+_DATA = "${BITALLOC_DATA}"
+CORPORA = {
+    "world": Corpus(sources=["world"], separator="\n"),
+    "docstrings": Corpus(sources=["docstrings"]),
+    "tinystories": Corpus(sources=[f"{_DATA}/tinystories/tinystories_1000.json"]),
+    "wikitext2": Corpus(
+        sources=[
+            f"{_DATA}/wikitext2/wiki.test.raw",
+            "hub:Salesforce/wikitext@main/wikitext-2-raw-v1/test-00000-of-00001.parquet",
+        ],
+        separator="",
+    ),
+    "wikitext2_train": Corpus(
+        sources=[
+            f"{_DATA}/wikitext2/wikitext2_train_5k.txt",
+            "hub:Salesforce/wikitext@main/wikitext-2-raw-v1/train-00000-of-00001.parquet",
+        ],
+        separator="",
+    ),
+}
+
+
+class Config(Section):
+    seed: int = Field(0, description="of everything that is drawn")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: the GPU when there is one")
+    store: str = Field("results/store", description="content-addressed shards, shared by models and runs")
+    corpora: dict[str, Corpus] = Field(CORPORA, description="where texts come from")
+    retrieve: Retrieve = Field(default_factory=Retrieve)
+    calibrate: Calibrate = Field(default_factory=Calibrate)
+    sweep: Sweep = Field(default_factory=Sweep)
+    sensitivity: Sensitivity = Field(default_factory=Sensitivity)
+    fit: Fit = Field(default_factory=Fit)
+    allocate: Allocate = Field(default_factory=Allocate)
+    compress: Compress = Field(default_factory=Compress)
+    evaluate: Evaluate = Field(default_factory=Evaluate)
+    analyze: Analyze = Field(default_factory=Analyze)
+    gates: Gates = Field(default_factory=Gates)
+    models: dict[str, Model] = Field({}, description="the model sheet, config/models.yaml")
+
+    def for_model(self, name: str) -> Config:
+        """This configuration with the model's own settings laid over it."""
+        return parse(_merge(self.model_dump(mode="json"), self.model(name).settings), where=f"models.{name}.settings")
+
+    def model(self, name: str) -> Model:
+        if name not in self.models:
+            raise BitallocError(f"unknown model {name!r}: {nearest(name, self.models)} (config/models.yaml)")
+        return self.models[name]
+
+
+def parse(raw: dict[str, Any], *, where: str = "configuration") -> Config:
+    """Validate a mapping; every fault becomes one line with the key and the nearest valid name."""
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise BitallocError("; ".join(_explain(fault, where) for fault in error.errors()[:3])) from None
+
+
+def _explain(fault: Any, where: str) -> str:
+    path = [str(part) for part in fault["loc"]]
+    if fault["type"] == "extra_forbidden":
+        return f"{where}: unknown key {'.'.join(path)!r}: {nearest(path[-1], _keys(path[:-1]))}"
+    message = fault["msg"].removeprefix("Value error, ")
+    return f"{where}: {'.'.join(path)}: {message} (got {str(fault['input'])[:60]!r})"
+
+
+def _keys(path: list[str]) -> list[str]:
+    """Valid keys of the section at `path`."""
+    section: Any = Config
+    for part in path:
+        field = getattr(section, "model_fields", {}).get(part)
+        section = {"models": Model, "corpora": Corpus}.get(part, field.annotation if field else section)
+    return list(section.model_fields)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both and key != "items" else value
+    return merged
+
+
+def load(*files: Path, overrides: dict[str, Any] | None = None) -> Config:
+    """Read YAML files in order, later ones over earlier ones, then `overrides`."""
+    raw: dict[str, Any] = {}
+    for path in files:
+        try:
+            raw = _merge(raw, yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+        except OSError as error:
+            raise BitallocError(f"cannot read the configuration {path}: {error.strerror}") from None
+        except yaml.YAMLError as error:
+            raise BitallocError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    return parse(_merge(raw, overrides or {}))
+
+
+_UNITS = {"": 1, "B": 1} | {f"{p}{i}B": (1024 if i else 1000) ** e for e, p in enumerate("KMGT", 1) for i in ("", "i")}
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of "8GB", "8GiB" or "123".
+
+    >>> parse_bytes("8GB"), parse_bytes("1.5KiB"), parse_bytes("123")
+    (8000000000, 1536, 123)
+    """
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text)
+    if not match:
+        raise BitallocError(f"cannot read {text!r} as bytes; write for example 8GB, 8GiB or 1200000")
+    units = {unit.lower(): factor for unit, factor in _UNITS.items()}
+    if match[2].lower() not in units:
+        raise BitallocError(f"unknown unit {match[2]!r} in {text!r}: {nearest(match[2], list(_UNITS)[1:])}")
+    return round(float(match[1]) * units[match[2].lower()])
+
+
+def expand(text: str) -> str | None:
+    """`text` with environment variables and ~ expanded; None when a variable is not set."""
+    expanded = os.path.expanduser(os.path.expandvars(text))
+    return None if re.search(r"\$\{?\w+", expanded) else expanded
+
+
+def default_yaml() -> str:
+    """Every default with its description: the text of config/config.yaml."""
+    lines = ["# Every setting with its default. Written by `python -m bitalloc.config`; a test keeps it in step.", ""]
+    for name, field in Config.model_fields.items():
+        if name == "models":
+            continue
+        default = getattr(Config(), name)
+        if isinstance(default, Section):
+            lines += [f"{name}:", *_section_lines(default, 2), ""]
+        else:
+            value = {k: v.model_dump() for k, v in default.items()} if isinstance(default, dict) else default
+            lines += [f"# {field.description}", yaml.safe_dump({name: value}, sort_keys=False, width=110).rstrip(), ""]
+    return "\n".join(lines)
+
+
+def _section_lines(section: Section, indent: int) -> list[str]:
+    pad, lines = " " * indent, []
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        lines += [f"{pad}# {line}" for line in textwrap.wrap(field.description or "", 100)]
+        if isinstance(value, Check):
+            shown = yaml.safe_dump(value.model_dump(exclude_defaults=True), default_flow_style=True, width=110).strip()
+            lines.append(f"{pad}{name}: {shown}")
+        elif isinstance(value, Section):
+            lines += [f"{pad}{name}:", *_section_lines(value, indent + 2)]
+        else:
+            dumped = yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("...\n").strip()
+            lines.append(f"{pad}{name}: {dumped}")
+    return lines
+
+
+def schema_json() -> str:
+    return json.dumps(Config.model_json_schema(), indent=1, sort_keys=True) + "\n"
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "config")
+    (folder / "config.yaml").write_text(default_yaml(), encoding="utf-8")
+    (folder / "schema.json").write_text(schema_json(), encoding="utf-8")

@@ -1,0 +1,76 @@
+"""Where a result comes from: a digest of the code that made it, and a record of the machine it ran on."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import importlib.util
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+
+@functools.cache
+def source_digest(*modules: str) -> str:
+    """Digest of the given `bitalloc` modules and of everything of `bitalloc` that they import.
+
+    Imported modules are neither a rerun trigger of Snakemake nor part of its cache key, so rules pass
+    this as a parameter: `code=source_digest("bitalloc.sweep")`. Read statically: nothing is imported.
+    """
+    seen: dict[str, bytes] = {}
+    todo = list(modules)
+    while todo:
+        name = todo.pop()
+        path = _source(name)
+        if path is None or name in seen:
+            continue
+        source = path.read_bytes()
+        seen[name] = source
+        todo += _imports(name, source)
+    whole = hashlib.sha256()
+    for name in sorted(seen):
+        whole.update(name.encode() + b"\0" + hashlib.sha256(seen[name]).digest())
+    return whole.hexdigest()[:16]
+
+
+def _source(module: str) -> Path | None:
+    if module != "bitalloc" and not module.startswith("bitalloc."):
+        return None
+    base = Path(__file__).parent.joinpath(*module.split(".")[1:])
+    return next((p for p in (base / "__init__.py", base.with_suffix(".py")) if p.is_file()), None)
+
+
+def _imports(module: str, source: bytes) -> list[str]:
+    found: list[str] = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                base = importlib.util.resolve_name("." * node.level + base, module)
+            found += [base, *(f"{base}.{alias.name}" for alias in node.names)]
+    return [name for name in found if name.startswith("bitalloc")]
+
+
+def run_record(*packages: str) -> dict[str, str]:
+    """Machine, Python, commit and the versions of `packages`: for logs, never for tables that must repeat."""
+    record = {"python": platform.python_version(), "machine": platform.machine(), "commit": commit()}
+    for package in packages:
+        try:
+            record[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            record[package] = "absent"
+    return record
+
+
+def commit() -> str:
+    """The checked-out commit, with `+` when files differ from it; `unknown` outside a repository."""
+    try:
+        run = functools.partial(subprocess.run, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        head = run(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
+        return head + ("+" if run(["git", "status", "--porcelain"]).stdout.strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

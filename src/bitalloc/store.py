@@ -1,0 +1,95 @@
+"""Content-addressed shards: what makes a long run survive a crash and a rerun start from cache.
+
+A shard is one finished piece of work (one experiment, one plan's evaluation): a JSON record and, if
+there is any, a safetensors file beside it. It is written under a temporary name, flushed and renamed, the
+JSON last, so a shard either stands complete or not at all. The JSON carries a checksum of both; a shard
+that does not match (truncated, flipped, foreign) is treated as absent and computed again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bitalloc.errors import BitallocError
+
+JSON = Mapping[str, Any]
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of the canonical JSON of a value: equal for equal content, whatever the order of keys.
+
+    >>> digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+    True
+    """
+    return hashlib.sha256(canonical(value).encode()).hexdigest()
+
+
+def canonical(value: Any) -> str:
+    """JSON with sorted keys and no spaces. NaN and Infinity are refused."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write `data` under a temporary name beside `path`, flush it to disk and rename it into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise BitallocError(
+            f"cannot write {path}: {error.strerror}; free space or fix permissions, then rerun"
+        ) from None
+
+
+class Store:
+    """A folder of shards, addressed by the digest of everything that determines their content."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def path(self, key: str, suffix: str = ".json") -> Path:
+        return self.root / key[:2] / f"{key}{suffix}"
+
+    def get(self, key: str) -> JSON | None:
+        """The record under `key`, or None when there is none that can be trusted."""
+        try:
+            shard = json.loads(self.path(key).read_text())
+            record, tensors = shard["record"], shard["tensors_sha256"]
+            sound = shard["key"] == key and shard["record_sha256"] == digest(record)
+            if sound and tensors is not None:
+                sound = file_digest(self.path(key, ".safetensors")) == tensors
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return record if sound else None
+
+    def tensors(self, key: str) -> Path | None:
+        """Path of the tensors that belong to `key`, or None when the shard was kept without them."""
+        path = self.path(key, ".safetensors")
+        return path if path.exists() else None
+
+    def put(self, key: str, record: JSON, tensors: bytes | None = None) -> None:
+        """Store a record (JSON values only) and serialised safetensors, if any."""
+        if tensors is not None:
+            write_atomically(self.path(key, ".safetensors"), tensors)
+        shard = {
+            "key": key,
+            "record": record,
+            "record_sha256": digest(record),
+            "tensors_sha256": None if tensors is None else hashlib.sha256(tensors).hexdigest(),
+        }
+        write_atomically(self.path(key), canonical(shard).encode())

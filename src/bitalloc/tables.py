@@ -1,0 +1,343 @@
+"""Every Parquet table in the order of the flow: columns with type, unit and meaning.
+
+Stages meet only here. `write` refuses a frame that departs from its schema, `read` refuses a file that
+does: nothing half-written, foreign or corrupted is ever used. Files hold no time and no host, so two runs
+write equal bytes wherever no column is a time. The verdicts of the gates that a table stands on travel in
+its metadata (`verdicts`).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bitalloc.errors import BitallocError
+from bitalloc.store import write_atomically
+
+STR, INT, FLOAT, BOOL = pa.string(), pa.int64(), pa.float64(), pa.bool_()
+INTS, INTSS = pa.list_(pa.int32()), pa.list_(pa.list_(pa.int32()))
+
+
+@dataclass(frozen=True)
+class Column:
+    name: str
+    type: pa.DataType
+    doc: str
+    nullable: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """A schema. `key` names the columns that identify a row; rows are kept sorted as they were given."""
+
+    name: str
+    doc: str
+    key: tuple[str, ...]
+    columns: tuple[Column, ...]
+
+    @property
+    def schema(self) -> pa.Schema:
+        return pa.schema([pa.field(c.name, c.type, nullable=c.nullable) for c in self.columns])
+
+    def write(self, frame: pd.DataFrame, path: Path, *, verdicts: Sequence[Mapping] = ()) -> None:
+        """Write `frame` atomically; raises `BitallocError` when it departs from the schema."""
+        names = [c.name for c in self.columns]
+        if set(frame.columns) != set(names):
+            off = sorted(set(frame.columns) ^ set(names))
+            raise BitallocError(f"table {self.name}: columns {off} are missing or unknown; see bitalloc/tables.py")
+        if frame.duplicated(list(self.key)).any():
+            raise BitallocError(f"table {self.name}: two rows share one key {self.key}")
+        try:
+            table = pa.Table.from_pandas(frame[names], schema=self.schema, preserve_index=False, safe=True)
+            table.validate(full=True)
+        except (pa.ArrowInvalid, pa.ArrowTypeError, ValueError) as error:
+            raise BitallocError(f"table {self.name}: {str(error).splitlines()[0]}") from None
+        for column in self.columns:
+            if not column.nullable and table[column.name].null_count:
+                raise BitallocError(f"table {self.name}: column {column.name} has missing values")
+        stamp = json.dumps(list(verdicts), sort_keys=True)
+        table = table.replace_schema_metadata({"bitalloc.table": self.name, "bitalloc.verdicts": stamp})
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer, compression="zstd")
+        write_atomically(path, buffer.getvalue())
+
+    def read(self, path: Path) -> pd.DataFrame:
+        """Read the table; raises `BitallocError` when the file is absent, corrupted or another table."""
+        try:
+            table = pq.read_table(path)
+        except (OSError, pa.ArrowException) as error:
+            reason = str(error).splitlines()[0]
+            raise BitallocError(f"cannot read {path} ({reason}); delete it and rerun, it is made again") from None
+        if table.schema.remove_metadata() != self.schema:
+            raise BitallocError(f"{path} is not a {self.name} table of this version; delete it and rerun")
+        return table.to_pandas(ignore_metadata=True)
+
+
+def verdicts(path: Path) -> list[dict]:
+    """The gate verdicts that the table at `path` stands on (rows of `GATES`)."""
+    metadata = pq.read_schema(path).metadata or {}
+    return json.loads(metadata.get(b"bitalloc.verdicts", b"[]"))
+
+
+_MODEL = Column("model", STR, "name in the model sheet")
+_LAYER = Column("layer", STR, "module path of the matrix")
+_PLACE = (
+    Column("block", INT, "index of the transformer block, from 0"),
+    Column("role", STR, "the matrix's role in its block, e.g. q_proj"),
+)
+_OPTION = (
+    Column("quantizer", STR, "member of the quantiser family; `none` = passed through"),
+    Column("bits", INT, "bits of a code; 16 = passed through"),
+    Column("group_size", INT, "weights along the input that share one scale"),
+    Column("rank", INT, "rank of the low-rank part, 0 = none"),
+)
+_INTERVAL = (
+    Column("value", FLOAT, "the point estimate, unit by metric", nullable=True),
+    Column("lo", FLOAT, "lower end of the 95 % interval", nullable=True),
+    Column("hi", FLOAT, "upper end of the 95 % interval", nullable=True),
+    Column("n", INT, "independent units behind the value: windows, items or plans"),
+)
+
+INVENTORY = Table(
+    "inventory",
+    "Every tensor of the checkpoint: what it is, and whether a plan may touch it.",
+    ("model", "tensor"),
+    (
+        _MODEL,
+        Column("tensor", STR, "name in the checkpoint"),
+        Column("layer", STR, "module path"),
+        Column("block", INT, "index of the block; -1 outside the blocks"),
+        Column("role", STR, "role in the block; empty when excluded"),
+        Column("kind", STR, "attention, mlp, embedding, head, norm, bias or buffer"),
+        Column("site", STR, "name of the input that the matrix reads, unique in the model; empty when excluded"),
+        Column("rows", INT, "outputs O of a claimed matrix W_OI; first dimension otherwise"),
+        Column("columns", INT, "inputs I of a claimed matrix W_OI; 1 for a vector"),
+        Column("dtype", STR, "as stored"),
+        Column("nbytes", INT, "bytes as stored"),
+        Column("tied", BOOL, "shares its storage with the embedding; counted once"),
+        Column("claimed", BOOL, "a plan gives it an option"),
+        Column("reason", STR, "why it is excluded; empty when claimed"),
+        Column("file", STR, "safetensors file, relative to the checkpoint"),
+        Column("digest", STR, "SHA-256 of the stored bytes"),
+    ),
+)
+TOKENS = Table(
+    "tokens",
+    "Token windows of the disjoint splits calibrate, select and report.",
+    ("split", "corpus", "window"),
+    (
+        Column("split", STR, "calibrate, select or report"),
+        Column("corpus", STR, "name of the corpus in the configuration"),
+        Column("window", INT, "index within split and corpus"),
+        Column("tokens", INTS, "token ids"),
+        Column("nbytes", INT, "UTF-8 bytes of the text that the scored tokens cover"),
+    ),
+)
+ITEMS = Table(
+    "items",
+    "Questions with known answers, tokenised.",
+    ("task", "item"),
+    (
+        Column("task", STR, "name of the task"),
+        Column("item", INT, "index within the task"),
+        Column("group", STR, "cluster for resampling: a language, a depth, a subject"),
+        Column("prompt", INTS, "token ids of the prompt"),
+        Column("choices", INTSS, "token ids of each possible continuation; one = greedy generation must match it"),
+        Column("answer", INT, "index of the right choice"),
+        Column("chance", FLOAT, "accuracy of guessing, 0 to 1"),
+    ),
+)
+MOMENTS = Table(
+    "moments",
+    "Second moments H_II = X^T X / n of every site's input; the matrices lie in the store.",
+    ("site",),
+    (
+        Column("site", STR, "unique name of the input, <block>.<site of the family>"),
+        Column("block", INT, "index of the block"),
+        Column("dim", INT, "inputs I"),
+        Column("n_tokens", INT, "tokens that were averaged"),
+        Column("trace", FLOAT, "trace of H"),
+        Column("outlier_ratio", FLOAT, "largest over median diagonal entry of H"),
+        Column("key", STR, "shard in the store that holds H_II, float32"),
+        Column("digest", STR, "SHA-256 of the shard's tensors"),
+    ),
+)
+SWEEP = Table(
+    "sweep",
+    "The error of every claimed matrix W_OI under every option, E = W - What.",
+    ("model", "layer", "quantizer", "bits", "group_size", "rank"),
+    (
+        _MODEL,
+        _LAYER,
+        *_PLACE,
+        Column("kind", STR, "attention or mlp"),
+        Column("site", STR, "name of the input that the matrix reads"),
+        *_OPTION,
+        Column("nbytes", INT, "bytes of codes, scales, zeros and factors as stored"),
+        Column("mse", FLOAT, "||E||_F^2 / (O I)"),
+        Column("nmse", FLOAT, "||E||_F^2 / ||W||_F^2, dimensionless"),
+        Column("rel_error", FLOAT, "tr(E H E^T) / tr(W H W^T): relative output error, an energy ratio"),
+        Column("weight_energy_ratio", FLOAT, "||What||_F^2 / ||W||_F^2"),
+        Column("key", STR, "shard in the store"),
+        Column("wall_s", FLOAT, "seconds of this experiment; its share when several were computed together"),
+    ),
+)
+SENSITIVITY = Table(
+    "sensitivity",
+    "What a unit of relative error in one matrix costs in KL, by each signal that was measured.",
+    ("model", "layer", "signal"),
+    (
+        _MODEL,
+        _LAYER,
+        *_PLACE,
+        Column("kind", STR, "attention or mlp"),
+        Column("signal", STR, "kl: measured at the probe option; fisher: Kronecker-factored, one backward pass"),
+        Column("coefficient", FLOAT, "nats a token for each unit of rel_error"),
+        Column("kl_nats_per_token", FLOAT, "KL to the reference with this matrix alone at the probe option"),
+        Column("lo", FLOAT, "lower end of its 95 % interval over windows", nullable=True),
+        Column("hi", FLOAT, "upper end of its 95 % interval over windows", nullable=True),
+        Column("rel_error", FLOAT, "rel_error of the probe option"),
+    ),
+)
+LAW = Table(
+    "law",
+    "The fitted error laws: parameters and goodness, by form and scope.",
+    ("form", "scope", "statistic"),
+    (
+        Column("form", STR, "additive, multiplicative, exponential or interpolation"),
+        Column("scope", STR, "pooled, a kind, a third of the depth, or a layer"),
+        Column("statistic", STR, "a parameter (beta, delta, ...) or a goodness (r2_log, r2_loo, r2_rank, ...)"),
+        *_INTERVAL,
+    ),
+)
+COSTS = Table(
+    "costs",
+    "What each option of each matrix costs: the input of the allocation.",
+    ("model", "layer", "quantizer", "bits", "group_size", "rank"),
+    (
+        _MODEL,
+        _LAYER,
+        *_PLACE,
+        Column("kind", STR, "attention or mlp"),
+        *_OPTION,
+        Column("nbytes", INT, "bytes as stored"),
+        Column("rel_error", FLOAT, "tr(E H E^T) / tr(W H W^T)"),
+        Column("source", STR, "measured, law or interpolation"),
+    ),
+)
+PLAN = Table(
+    "plan",
+    "One option for each claimed matrix.",
+    ("layer",),
+    (
+        _LAYER,
+        *_PLACE,
+        *_OPTION,
+        Column("nbytes", INT, "bytes as stored"),
+        Column("cost_nats_per_token", FLOAT, "coefficient x rel_error: predicted KL"),
+    ),
+)
+PLANS = Table(
+    "plans",
+    "All plans of a model.",
+    ("plan",),
+    (
+        Column("plan", STR, "name: <strategy>-<budget>, with a serial number in the random pool"),
+        Column("strategy", STR, "member of the strategy family"),
+        Column("budget", STR, "as the configuration states it"),
+        Column("budget_bytes", INT, "bytes that the claimed matrices may take"),
+        Column("nbytes", INT, "bytes that they take"),
+        Column("bits_per_weight", FLOAT, "8 nbytes / weights of the claimed matrices"),
+        Column("checkpoint_nbytes", INT, "predicted bytes of the whole checkpoint on disk"),
+        Column("objective", FLOAT, "sum of coefficient x rel_error, nats a token"),
+        Column("lower_bound", FLOAT, "no plan within the budget has a lower objective", nullable=True),
+        Column("gap", FLOAT, "objective / lower_bound - 1", nullable=True),
+        Column("note", STR, "who won (best), what was restricted, or empty"),
+    ),
+)
+CHECKPOINTS = Table(
+    "checkpoints",
+    "Checkpoints that were written, and whether they have the promised size.",
+    ("plan",),
+    (
+        Column("plan", STR, "name of the plan"),
+        Column("path", STR, "folder, relative to the model's results"),
+        Column("predicted_nbytes", INT, "bytes promised by the plan"),
+        Column("nbytes", INT, "bytes on disk"),
+        Column("digest", STR, "SHA-256 of the weights file"),
+    ),
+)
+EVALUATE = Table(
+    "evaluate",
+    "Scores of every plan, long form. The plan `reference` is the unquantised model.",
+    ("plan", "suite", "task", "metric"),
+    (
+        Column("plan", STR, "name of the plan"),
+        Column("suite", STR, "perplexity, divergence or world"),
+        Column("task", STR, "corpus (with its split) or task"),
+        Column("metric", STR, "nll_nats_per_token, ppl, bits_per_byte, kl_nats_per_token, top1, acc, margin_nats"),
+        *_INTERVAL,
+        Column("protocol", STR, "how it was measured, in full"),
+    ),
+)
+RESPONSES = Table(
+    "responses",
+    "What stands behind EVALUATE, one row a window or an item: for paired tests.",
+    ("plan", "suite", "task", "metric", "item"),
+    (
+        Column("plan", STR, "name of the plan"),
+        Column("suite", STR, "perplexity, divergence or world"),
+        Column("task", STR, "corpus (with its split) or task"),
+        Column("metric", STR, "as in EVALUATE, before averaging"),
+        Column("item", INT, "window or item"),
+        Column("group", STR, "cluster for resampling"),
+        Column("value", FLOAT, "the response"),
+        Column("weight", FLOAT, "tokens behind it, or 1"),
+    ),
+)
+GATES = Table(
+    "gates",
+    "Verdicts of the GO/NO-GO checks.",
+    ("gate", "check"),
+    (
+        Column("gate", STR, "the checkpoint rule"),
+        Column("check", STR, "the criterion"),
+        Column("value", FLOAT, "measured; missing = could not be measured, a NO-GO", nullable=True),
+        Column("threshold", FLOAT, "from the configuration"),
+        Column("comparison", STR, "how value must stand to threshold, e.g. >="),
+        Column("go", BOOL, "the criterion is met"),
+        Column("mode", STR, "stop, warn or fallback: what a NO-GO does"),
+        Column("why", STR, "why a check only warns, or empty"),
+        Column("evidence", STR, "the table it was read from"),
+    ),
+)
+GOODHART = Table(
+    "goodhart",
+    "Does perplexity tell the truth about the tasks?",
+    ("analysis", "proxy", "gold", "budget", "statistic"),
+    (
+        Column("analysis", STR, "correlation, regret, gain or divergence"),
+        Column("proxy", STR, "what was optimised or selected by"),
+        Column("gold", STR, "what one cares about"),
+        Column("budget", STR, "stratum of equal bytes, or `all`"),
+        Column("statistic", STR, "spearman, regret_points, ..."),
+        *_INTERVAL,
+        Column("p_adjusted", FLOAT, "p-value after Holm's correction", nullable=True),
+        Column("status", STR, "ok, floor (reference not above chance), saturated, or too_few"),
+    ),
+)
+
+TABLES = {
+    table.name: table
+    for table in (
+        INVENTORY, TOKENS, ITEMS, MOMENTS, SWEEP, SENSITIVITY, LAW, COSTS, PLAN, PLANS, CHECKPOINTS,
+        EVALUATE, RESPONSES, GATES, GOODHART,
+    )
+}  # fmt: skip
