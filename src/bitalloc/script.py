@@ -1,0 +1,47 @@
+"""What every script of the workflow does around its pure `main`: threads, a log, and one line on bad input."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from bitalloc.errors import BitallocError
+from bitalloc.provenance import run_record
+
+
+@contextmanager
+def stage(snakemake: Any) -> Iterator[None]:
+    """Run a script's body as one stage of the workflow.
+
+    `BitallocError` becomes one line on stderr and exit status 1; anything else keeps its traceback. The
+    log holds the rule, its wildcards, the versions it ran with, and the error, if any.
+    """
+    log = Path(snakemake.log[0])
+    record = {
+        "rule": snakemake.rule,
+        "wildcards": dict(snakemake.wildcards.items()),
+        "threads": snakemake.threads,
+        **run_record("torch", "transformers", "snakemake"),
+    }
+    log.write_text(json.dumps(record, indent=1) + "\n")
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(snakemake.threads)
+    try:
+        yield
+    except BitallocError as error:
+        line = f"error: {snakemake.rule}: {error}"
+    except Exception:
+        with log.open("a") as file:
+            file.write(traceback.format_exc())
+        raise
+    else:
+        return
+    with log.open("a") as file:
+        file.write(line + "\n")
+    print(line, file=sys.stderr, flush=True)
+    sys.exit(1)

@@ -1,0 +1,32 @@
+"""The glue of the scripts: one line on bad input, a traceback on a fault of ours, a log of both."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from bitalloc.errors import BitallocError
+from bitalloc.script import stage
+
+
+@pytest.fixture
+def job(tmp_path):
+    return SimpleNamespace(rule="sweep", log=[str(tmp_path / "log")], wildcards={"model": "tiny"}, threads=1)
+
+
+def test_bad_input_is_one_line_and_exit_status_one(job, capsys):
+    with pytest.raises(SystemExit) as stop, stage(job):
+        raise BitallocError("no such thing; make one")
+    assert stop.value.code == 1
+    assert capsys.readouterr().err == "error: sweep: no such thing; make one\n"
+
+
+def test_our_own_fault_keeps_its_traceback(job, tmp_path):
+    with pytest.raises(ZeroDivisionError), stage(job):
+        _ = 1 / 0
+    assert "ZeroDivisionError" in (tmp_path / "log").read_text()
+
+
+def test_the_log_says_what_ran(job, tmp_path):
+    with stage(job):
+        pass
+    assert '"torch": "2.13.0' in (tmp_path / "log").read_text()

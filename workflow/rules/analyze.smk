@@ -1,0 +1,22 @@
+"""Does perplexity tell the truth about the tasks?"""
+
+
+rule analyze:
+    input:
+        plans="results/{model}/plans.parquet",
+        evaluate="results/{model}/evaluate.parquet",
+        responses="results/{model}/responses.parquet",
+        items="results/{model}/items.parquet",
+        gates="results/{model}/gates.parquet",
+    output:
+        table="results/{model}/goodhart.parquet",
+        figure=report(
+            "results/{model}/goodhart.png", caption="../report/goodhart.rst", category="{model}"
+        ),
+    log:
+        "logs/{model}/analyze.log",
+    params:
+        settings=section("analyze", "seed"),
+        code=code("analyze", "figures"),
+    script:
+        "../../scripts/analyze.py"

@@ -1,0 +1,21 @@
+"""Second moments of every site's input, block by block."""
+
+
+rule calibrate:
+    input:
+        checkpoint="results/{model}/checkpoint.json",
+        inventory="results/{model}/inventory.parquet",
+        tokens="results/{model}/tokens.parquet",
+    output:
+        "results/{model}/moments.parquet",
+    log:
+        "logs/{model}/calibrate.log",
+    threads: threads
+    resources:
+        gpu=gpu,
+    params:
+        sheet=sheet,
+        settings=section("calibrate", "store", "device"),
+        code=code("calibrate"),
+    script:
+        "../../scripts/calibrate.py"

@@ -1,0 +1,48 @@
+"""Plans made real: packed checkpoints of the promised size."""
+
+from bitalloc.allocate import budget_slug
+
+
+@checked
+def compressed_plans(wildcards):
+    allocation, compress = settings(wildcards.model).allocate, settings(wildcards.model).compress
+    return [f"{strategy}-{budget_slug(budget)}" for strategy in compress.plans for budget in allocation.budgets]
+
+
+rule compress:
+    input:
+        pilot=passed("pilot"),
+        checkpoint="results/{model}/checkpoint.json",
+        inventory="results/{model}/inventory.parquet",
+        moments="results/{model}/moments.parquet",
+        plans="results/{model}/plans.parquet",
+        folder="results/{model}/plans",
+    output:
+        directory("results/{model}/models/{plan}"),
+    log:
+        "logs/{model}/compress/{plan}.log",
+    threads: threads
+    resources:
+        gpu=gpu,
+    params:
+        sheet=sheet,
+        settings=section("sweep", "store", "device"),
+        code=code("compress"),
+    script:
+        "../../scripts/compress.py"
+
+
+rule compress_check:
+    input:
+        folders=lambda wildcards: expand(
+            "results/{model}/models/{plan}", model=wildcards.model, plan=compressed_plans(wildcards)
+        ),
+        plans="results/{model}/plans.parquet",
+    output:
+        "results/{model}/checkpoints.parquet",
+    log:
+        "logs/{model}/compress_check.log",
+    params:
+        code=code("compress"),
+    script:
+        "../../scripts/compress_check.py"

@@ -1,0 +1,74 @@
+"""Scores: candidates on the select split, then every plan on the report split and the tasks."""
+
+
+rule evaluate_select:
+    input:
+        verdict=passed("allocate"),
+        checkpoint="results/{model}/checkpoint.json",
+        inventory="results/{model}/inventory.parquet",
+        moments="results/{model}/moments.parquet",
+        tokens="results/{model}/tokens.parquet",
+        plans="results/{model}/candidates.parquet",
+        folder="results/{model}/candidates",
+    output:
+        "results/{model}/select.parquet",
+    log:
+        "logs/{model}/evaluate_select.log",
+    threads: threads
+    resources:
+        gpu=gpu,
+    params:
+        sheet=sheet,
+        settings=section("evaluate", "sweep", "store", "device", "seed"),
+        code=code("evaluate"),
+    script:
+        "../../scripts/evaluate_select.py"
+
+
+rule evaluate:
+    input:
+        compress=passed("compress"),
+        allocate="results/{model}/gates/allocate.json",
+        checkpoint="results/{model}/checkpoint.json",
+        inventory="results/{model}/inventory.parquet",
+        moments="results/{model}/moments.parquet",
+        tokens="results/{model}/tokens.parquet",
+        items="results/{model}/items.parquet",
+        plans="results/{model}/plans.parquet",
+        folder="results/{model}/plans",
+        checkpoints="results/{model}/checkpoints.parquet",
+    output:
+        scores="results/{model}/evaluate/{part}.parquet",
+        responses="results/{model}/evaluate/{part}.responses.parquet",
+    log:
+        "logs/{model}/evaluate/{part}.log",
+    threads: threads
+    resources:
+        gpu=gpu,
+    params:
+        sheet=sheet,
+        settings=section("evaluate", "sweep", "store", "device", "seed"),
+        code=code("evaluate"),
+    script:
+        "../../scripts/evaluate.py"
+
+
+def evaluate_parts(pattern):
+    return lambda wildcards: expand(
+        pattern, model=wildcards.model, part=range(settings(wildcards.model).evaluate.jobs)
+    )
+
+
+rule evaluate_merge:
+    input:
+        scores=evaluate_parts("results/{model}/evaluate/{part}.parquet"),
+        responses=evaluate_parts("results/{model}/evaluate/{part}.responses.parquet"),
+    output:
+        scores="results/{model}/evaluate.parquet",
+        responses="results/{model}/responses.parquet",
+    log:
+        "logs/{model}/evaluate_merge.log",
+    params:
+        code=code("tables"),
+    script:
+        "../../scripts/evaluate_merge.py"

@@ -1,0 +1,41 @@
+"""The page that people read, and the figures of the stages behind it."""
+
+
+rule report:
+    input:
+        verdict=passed("downstream"),
+        plans="results/{model}/plans.parquet",
+        evaluate="results/{model}/evaluate.parquet",
+        checkpoints="results/{model}/checkpoints.parquet",
+        law="results/{model}/law.parquet",
+        goodhart="results/{model}/goodhart.parquet",
+        gates="results/{model}/gates.parquet",
+        figures=expand("results/{{model}}/{name}.png", name=["goodhart", "sensitivity", "errors", "law"]),
+    output:
+        report("results/{model}/report.md", caption="../report/report.rst", category="{model}"),
+    log:
+        "logs/{model}/report.log",
+    params:
+        code=code("report"),
+    script:
+        "../../scripts/report.py"
+
+
+rule report_figures:
+    input:
+        sensitivity="results/{model}/sensitivity.parquet",
+        sweep="results/{model}/sweep.parquet",
+        law="results/{model}/law.parquet",
+        residuals="results/{model}/residuals.parquet",
+        verdicts=["results/{model}/gates/sweep.json", "results/{model}/gates/fit.json"],
+    output:
+        sensitivity=report("results/{model}/sensitivity.png", caption="../report/sensitivity.rst", category="{model}"),
+        errors=report("results/{model}/errors.png", caption="../report/errors.rst", category="{model}"),
+        law=report("results/{model}/law.png", caption="../report/law.rst", category="{model}"),
+    log:
+        "logs/{model}/report_figures.log",
+    params:
+        settings=section("fit", "sensitivity"),
+        code=code("figures"),
+    script:
+        "../../scripts/report_figures.py"

@@ -1,0 +1,41 @@
+"""Model and corpora -> inventory, token windows, items."""
+
+
+rule retrieve_model:
+    input:
+        lambda wildcards: "resources/tiny/model.safetensors" if wildcards.model == "tiny" else [],
+    output:
+        checkpoint="results/{model}/checkpoint.json",
+        inventory="results/{model}/inventory.parquet",
+    log:
+        "logs/{model}/retrieve_model.log",
+    params:
+        sheet=sheet,
+        code=code("retrieve"),
+    script:
+        "../../scripts/retrieve_model.py"
+
+
+rule retrieve_corpora:
+    input:
+        checkpoint="results/{model}/checkpoint.json",
+    output:
+        tokens="results/{model}/tokens.parquet",
+        items="results/{model}/items.parquet",
+    log:
+        "logs/{model}/retrieve_corpora.log",
+    params:
+        settings=section("retrieve", "corpora", "seed"),
+        code=code("retrieve", "corpus"),
+    script:
+        "../../scripts/retrieve_corpora.py"
+
+
+rule train_tiny:
+    output:
+        "resources/tiny/model.safetensors",
+    log:
+        "logs/tiny/train.log",
+    threads: 2
+    script:
+        "../../scripts/train_tiny.py"

@@ -1,0 +1,73 @@
+"""The error of every matrix at every option, and what an error costs in KL."""
+
+from bitalloc.option import options
+from bitalloc.sweep import units
+
+
+def expected_experiments(model):
+    roles = family(CONFIG.model(model).family).roles
+    return CONFIG.model(model).blocks * len(roles) * len(options(settings(model).sweep))
+
+
+@checked
+def sweep_units(wildcards):
+    model = CONFIG.model(wildcards.model)
+    names = units(family(model.family), model.blocks, settings(wildcards.model).sweep)
+    return expand("results/{model}/sweep/{unit}.parquet", model=wildcards.model, unit=names)
+
+
+rule sweep:
+    input:
+        checkpoint="results/{model}/checkpoint.json",
+        inventory="results/{model}/inventory.parquet",
+        moments="results/{model}/moments.parquet",
+    output:
+        "results/{model}/sweep/{unit}.parquet",
+    log:
+        "logs/{model}/sweep/{unit}.log",
+    threads: threads
+    resources:
+        gpu=gpu,
+    params:
+        sheet=sheet,
+        settings=section("sweep", "store", "device"),
+        code=code("sweep"),
+    script:
+        "../../scripts/sweep.py"
+
+
+rule sweep_assemble:
+    input:
+        units=sweep_units,
+        inventory="results/{model}/inventory.parquet",
+    output:
+        "results/{model}/sweep.parquet",
+    log:
+        "logs/{model}/sweep_assemble.log",
+    params:
+        settings=section("sweep"),
+        code=code("sweep"),
+    script:
+        "../../scripts/sweep_assemble.py"
+
+
+rule sweep_sensitivity:
+    input:
+        checkpoint="results/{model}/checkpoint.json",
+        inventory="results/{model}/inventory.parquet",
+        tokens="results/{model}/tokens.parquet",
+        moments="results/{model}/moments.parquet",
+        sweep="results/{model}/sweep.parquet",
+    output:
+        "results/{model}/sensitivity.parquet",
+    log:
+        "logs/{model}/sweep_sensitivity.log",
+    threads: threads
+    resources:
+        gpu=gpu,
+    params:
+        sheet=sheet,
+        settings=section("sensitivity", "sweep", "store", "device", "seed"),
+        code=code("sensitivity"),
+    script:
+        "../../scripts/sweep_sensitivity.py"
