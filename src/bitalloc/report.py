@@ -1,0 +1,203 @@
+"""What people read at the end: a table for the terminal and a page, from tables alone.
+
+`python -m bitalloc.report results/tiny` prints the table of a finished run.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from bitalloc import tables
+from bitalloc.errors import BitallocError
+
+REFERENCE, POOL, BEST = "reference", "random", "best"
+LEVELS = ("minimal", "good", "excellent")
+PPL_GAIN = (3.0, 5.0, 15.0)  # percent over uniform at equal bytes, at least
+DROP = (5.0, 2.0, 1.0)  # points of accuracy below the reference, at most
+R2 = (0.6, 0.8, 0.9)  # of log error, at least
+HEADER = ("plan", "on disk", "bits a weight", "PPL", "KL")
+
+
+def human(nbytes: float) -> str:
+    """Bytes as people read them, decimal units, three digits.
+
+    >>> human(947_200), human(18_000_000_000), human(7)
+    ('947 kB', '18.0 GB', '7 B')
+    """
+    if nbytes < 1000:
+        return f"{nbytes:.0f} B"
+    for unit in ("kB", "MB", "GB", "TB"):
+        nbytes /= 1000
+        if nbytes < 999.5 or unit == "TB":
+            break
+    return f"{nbytes:.{max(0, 2 - int(np.log10(nbytes)))}f} {unit}"
+
+
+def table(plans: pd.DataFrame, evaluate: pd.DataFrame, checkpoints: pd.DataFrame, gates: pd.DataFrame) -> str:
+    """PLANS, EVALUATE, CHECKPOINTS and GATES -> plain text: the named plans, the reference first, then the verdicts."""
+    header, rows = _rows(plans, evaluate, checkpoints)
+    cells = [header, *(row for row in rows if row)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        first, *others = (
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        return "  ".join([first, *others]).rstrip()
+
+    rule = "-" * len(line(header))
+    body = [line(row) if row else "" for row in rows]
+    return "\n".join([line(header), rule, *body, rule, _note(evaluate), "", *_verdicts(gates)])
+
+
+def markdown(
+    model: str,
+    *,
+    plans: pd.DataFrame,
+    evaluate: pd.DataFrame,
+    checkpoints: pd.DataFrame,
+    gates: pd.DataFrame,
+    law: pd.DataFrame,
+    goodhart: pd.DataFrame,
+    sentences: Sequence[str],
+    figures: Sequence[str],
+) -> str:
+    """The page of a model. `sentences` sum up GOODHART; `figures` are links relative to the page."""
+    header, rows = _rows(plans, evaluate, checkpoints)
+    tables_read = "plans, evaluate, checkpoints, goodhart, law, gates"
+    parts = [
+        f"# {model}",
+        "\n".join(sentences),
+        "## Plans",
+        _grid(header, [row for row in rows if row]),
+        _note(evaluate),
+        "## What was reached",
+        "A level counts as reached when the whole 95 % interval is beyond it.",
+        _grid(("criterion", "value", *LEVELS, "reached"), _success(goodhart, law)),
+        "## Figures",
+        "\n\n".join(f"![{Path(figure).stem}]({figure})" for figure in figures),
+        "## What this stands on",
+        f"Tables beside this page (`.parquet`): {tables_read}. {_stamp(gates)}",
+        "\n".join(f"- {line}" for line in _verdicts(gates)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _rows(
+    plans: pd.DataFrame, evaluate: pd.DataFrame, checkpoints: pd.DataFrame
+) -> tuple[tuple[str, ...], list[tuple[str, ...] | None]]:
+    """Header and rows; None stands between budgets."""
+    scores = evaluate[~evaluate["task"].str.endswith("/select")].set_index(["plan", "metric", "task"])
+    corpora = evaluate.loc[(evaluate["metric"] == "ppl") & ~evaluate["task"].str.endswith("/select"), "task"]
+    if corpora.empty:
+        raise BitallocError("evaluate holds no ppl of the report split: add the suite perplexity to evaluate")
+    tasks = list(dict.fromkeys(evaluate.loc[evaluate["metric"] == "acc", "task"]))
+    on_disk = checkpoints.set_index("plan")["nbytes"]
+
+    def cell(plan: str, metric: str, task: str, shape: str, scale: float = 1.0) -> str:
+        if (plan, metric, task) not in scores.index:
+            return "-"
+        row = scores.loc[(plan, metric, task)]
+        return shape.format(*(scale * row[name] for name in ("value", "lo", "hi")))
+
+    def row(plan: str, size: str, bits: str) -> tuple[str, ...]:
+        ppl = cell(plan, "ppl", corpora.iloc[0], "{:.3f} [{:.3f}, {:.3f}]")
+        kl = cell(plan, "kl_nats_per_token", corpora.iloc[0], "{:.4f}")
+        return (plan, size, bits, ppl, kl, *(cell(plan, "acc", task, "{:.1f}", 100.0) for task in tasks))
+
+    found: list[tuple[str, ...] | None] = [row(REFERENCE, "-", "16")]
+    named = plans[plans["strategy"] != POOL]
+    order = named.groupby("budget", sort=False)["bits_per_weight"].mean().sort_values().index
+    for budget in order:
+        found.append(None)
+        for plan in named[named["budget"] == budget].itertuples():
+            size = human(on_disk[plan.plan]) if plan.plan in on_disk.index else f"({human(plan.checkpoint_nbytes)})"
+            found.append(row(plan.plan, size, f"{plan.bits_per_weight:.3f}"))
+    return (*HEADER, *tasks), found
+
+
+def _note(evaluate: pd.DataFrame) -> str:
+    corpus = evaluate.loc[(evaluate["metric"] == "ppl") & ~evaluate["task"].str.endswith("/select"), "task"].iloc[0]
+    return (
+        f"PPL and KL (nats a token) on {corpus}, 95 % intervals; tasks in % right; sizes in brackets are predicted: "
+        "no checkpoint was written."
+    )
+
+
+def _verdicts(gates: pd.DataFrame) -> list[str]:
+    return [
+        f"{_word(row)}  {row.gate}: {row.check} {row.value:.4g}, must be {row.comparison} {row.threshold:g}"
+        + (f" ({row.why})" if row.why else "")
+        for row in gates.itertuples()
+    ]
+
+
+def _word(row: Any) -> str:
+    """WARN: a NO-GO that stops nothing."""
+    return "GO" if row.go else {"stop": "NO-GO", "warn": "WARN"}.get(row.mode, f"NO-GO ({row.mode})")
+
+
+def _stamp(gates: pd.DataFrame) -> str:
+    return f"{int(gates['go'].sum())} of {len(gates)} checks say GO."
+
+
+def _grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _success(goodhart: pd.DataFrame, law: pd.DataFrame) -> list[tuple[str, ...]]:
+    """Each criterion with its levels; the unfavourable end of the interval decides."""
+    best = goodhart[(goodhart["analysis"] == "gain") & (goodhart["proxy"] == BEST)]
+    found = []
+    gains = best[best["statistic"] == "ppl_gain_percent"]
+    for row in gains[gains["gold"] == (gains["gold"].iloc[0] if len(gains) else "")].itertuples():
+        name = f"PPL gain of best over uniform at {row.budget}, %"
+        found.append(_criterion(name, (row.value, row.lo, row.hi), PPL_GAIN, 1))
+    drops = best[(best["statistic"] == "accuracy_points_vs_reference") & (best["status"] != "floor")]
+    for budget, part in drops.groupby("budget", sort=False):
+        worst = part.loc[part["value"].idxmin()]
+        name = f"accuracy that best loses at {budget}, points, worst task ({worst['gold']})"
+        found.append(_criterion(name, (-worst["value"], -worst["hi"], -worst["lo"]), DROP, 1))
+    r2 = law[(law["scope"] == "pooled") & (law["statistic"] == "r2_log") & law["value"].notna()]
+    if len(r2):
+        row = r2.loc[r2["value"].idxmax()]
+        found.append(
+            _criterion(f"R\u00b2 of log error, {row['form']} law", (row["value"], row["lo"], row["hi"]), R2, 3)
+        )
+    return found
+
+
+def _criterion(
+    name: str, interval: tuple[float, float, float], levels: Sequence[float], digits: int
+) -> tuple[str, ...]:
+    value, lo, hi = interval
+    falling = levels[0] > levels[-1]
+    reached = [hi <= level if falling else lo >= level for level in levels]
+    sign = "\u2264" if falling else "\u2265"
+    level = LEVELS[sum(reached) - 1] if any(reached) else "none"
+    shown = f"{value:.{digits}f} [{lo:.{digits}f}, {hi:.{digits}f}]"
+    return (name, shown, *(f"{sign} {each:g}" for each in levels), level)
+
+
+def main(arguments: Sequence[str]) -> None:
+    if len(arguments) != 1:
+        raise BitallocError("usage: python -m bitalloc.report results/<model>")
+    folder = Path(arguments[0])
+    read = {each.name: each.read(folder / f"{each.name}.parquet") for each in
+            (tables.PLANS, tables.EVALUATE, tables.CHECKPOINTS, tables.GATES)}  # fmt: skip
+    print(table(**read))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except BitallocError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

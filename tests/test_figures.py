@@ -1,0 +1,116 @@
+import numpy as np
+import pytest
+from matplotlib import rcParams
+from matplotlib.image import imread
+
+from bitalloc import figures, tables
+from bitalloc.analyze import analyze, summary
+from bitalloc.config import Analyze
+from bitalloc.figures.style import mark, spread
+from tests.simulated import empty, gates, law, residuals, sensitivity, simulate, sweep
+
+STAMP = figures.stamp(gates())
+
+
+def draw(results, path, sentence=None):
+    found = analyze(
+        results.plans,
+        results.evaluate,
+        results.responses,
+        results.items,
+        settings=Analyze(resamples=20, folds=2),
+        seed=0,
+    )
+    sentence = sentence or summary(found, results.evaluate, results.plans)[0]
+    figures.goodhart(results.plans, results.evaluate, found, sentence, path, STAMP, model="simulated")
+
+
+def drawn(path, width):
+    """A PNG of `width` inches that is not blank and whose right and left borders are free of ink."""
+    assert path.read_bytes().startswith(b"\x89PNG")
+    pixels = imread(path)[..., :3]
+    assert pixels.shape[1] == round(width * 160)
+    assert 0.01 < (pixels.mean(2) < 0.9).mean() < 0.6
+    assert pixels[:, :6].min() == 1 and pixels[:, -6:].min() == 1, "something is cut off at the border"
+    return pixels
+
+
+def test_goodhart_is_drawn_and_its_bytes_repeat(tmp_path):
+    results = simulate(pool=8, items=80)
+    draw(results, tmp_path / "a.png")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(rcParams, "font.size", 20.0)  # the user's own settings must not matter
+        draw(results, tmp_path / "b.png")
+    drawn(tmp_path / "a.png", 13.5)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"pool": 0, "strategies": ("uniform", "optimal"), "slopes": {}},
+        {"pool": 0, "strategies": ("uniform",), "budgets": ("3.3bpw",), "corpora": ("world",)},
+        {"pool": 4, "slopes": {"facts": 12.0, "sums": 1.0}, "level": {"facts": -3.0, "sums": 14.0}},
+    ],
+    ids=["few plans, no tasks", "one plan a budget", "floor and saturated"],
+)
+def test_goodhart_degrades_gracefully(tmp_path, settings):
+    draw(simulate(items=60, **settings), tmp_path / "figure.png")
+    drawn(tmp_path / "figure.png", 13.5)
+
+
+def test_goodhart_with_perplexity_alone(tmp_path):
+    alone = simulate(pool=2, slopes={})
+    alone.responses = alone.responses[alone.responses["suite"] == "perplexity"]
+    alone.evaluate = alone.evaluate[alone.evaluate["suite"] == "perplexity"]
+    draw(alone, tmp_path / "figure.png")
+    drawn(tmp_path / "figure.png", 13.5)
+
+
+def test_a_longer_sentence_never_leaves_the_page(tmp_path):
+    draw(simulate(pool=0, items=40, budgets=("2.6bpw",)), tmp_path / "figure.png", "A long word here and there, " * 14)
+    drawn(tmp_path / "figure.png", 13.5)
+
+
+@pytest.mark.parametrize("blocks", [4, 32])
+def test_maps_of_the_model(tmp_path, blocks):
+    errors = sweep(blocks)
+    figures.sensitivity(sensitivity(blocks), tmp_path / "sensitivity.png", STAMP)
+    figures.errors(errors, tmp_path / "errors.png", STAMP)
+    plan = errors.groupby("layer", sort=False).sample(1, random_state=0).assign(cost_nats_per_token=0.0)
+    figures.plan(plan[[c.name for c in tables.PLAN.columns]], "optimal-2.6bpw", tmp_path / "plan.png", STAMP)
+    for name, width in (("sensitivity", 13.5), ("errors", 13.5), ("plan", 9)):
+        drawn(tmp_path / f"{name}.png", width)
+
+
+def test_sensitivity_without_intervals_and_with_a_zero(tmp_path):
+    frame = sensitivity().query("signal == 'fisher'").assign(lo=None, hi=None)
+    frame.loc[frame.index[0], "coefficient"] = 0.0
+    figures.sensitivity(frame, tmp_path / "sensitivity.png", STAMP)
+    drawn(tmp_path / "sensitivity.png", 13.5)
+
+
+def test_law(tmp_path):
+    figures.law(residuals(), law(), "multiplicative", tmp_path / "law.png", STAMP)
+    drawn(tmp_path / "law.png", 13.5)
+
+
+def test_the_stamp_names_every_no_go():
+    assert STAMP.startswith("Gates: 4 of 6 GO")
+    assert "NO-GO r2_rank 0.41 (must be > 0.5; fallback)" in STAMP and "manual_gain" in STAMP
+    assert "NO-GO r2_rank nan" in figures.stamp(gates().query("check == 'r2_rank'").assign(value=None))
+    assert figures.stamp(empty(tables.GATES, [])) == "Gates: 0 of 0 GO"
+
+
+def test_labels_are_spread_in_order_and_stay_inside():
+    wanted = [0.02, 0.021, 0.5, 0.99, 0.995, 1.0]
+    places = spread(wanted, 0.06, 0.02, 0.98)
+    assert (np.diff(places) >= 0.06 - 1e-9).all() and places.min() >= 0.02 and places.max() <= 0.98
+    assert places[2] == pytest.approx(0.5)
+
+
+def test_every_strategy_has_its_own_shape():
+    shapes = [mark(name).marker for name in ("uniform", "optimal", "bits_only", "rank_only", "manual", "greedy")]
+    assert len(set(shapes)) == len(shapes)
+    assert mark("evolve") == mark("evolve") and mark("evolve").label == "evolve"

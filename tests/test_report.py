@@ -1,0 +1,104 @@
+import subprocess
+import sys
+
+import pytest
+
+from bitalloc import report, tables
+from bitalloc.analyze import analyze, summary
+from bitalloc.config import Analyze
+from bitalloc.errors import BitallocError
+from tests.simulated import BUDGETS, empty, gates, law, simulate
+
+CHECKPOINTS = empty(
+    tables.CHECKPOINTS,
+    [
+        {"plan": f"best-{b}", "path": f"models/best-{b}", "predicted_nbytes": 556_000, "nbytes": 556_123, "digest": "0"}
+        for b in BUDGETS
+    ],
+)
+
+
+@pytest.fixture(scope="module")
+def results():
+    return simulate(pool=8, items=60)
+
+
+def page(results, **changes):
+    found = analyze(
+        results.plans,
+        results.evaluate,
+        results.responses,
+        results.items,
+        settings=Analyze(resamples=50, folds=2),
+        seed=0,
+    )
+    tables_read = {"gates": gates(), "law": law(), "goodhart": found} | changes
+    return report.markdown(
+        "tiny", plans=results.plans, evaluate=results.evaluate, checkpoints=CHECKPOINTS,
+        sentences=summary(found, results.evaluate, results.plans), figures=["goodhart.png", "law.png"], **tables_read,
+    )  # fmt: skip
+
+
+def test_the_table_has_every_named_plan_and_no_random_one(results):
+    text = report.table(results.plans, results.evaluate, CHECKPOINTS, gates())
+    lines = text.splitlines()
+    for plan in results.plans.query("strategy != 'random'")["plan"]:
+        assert sum(line.startswith(f"{plan} ") for line in lines) == 1
+    assert "random-" not in text
+    assert lines[2].startswith("reference ")
+    assert "556 kB" in next(line for line in lines if line.startswith("best-2.6bpw"))
+    assert "(" in next(line for line in lines if line.startswith("uniform-2.6bpw"))  # predicted, not written
+    for task in ("facts", "sums", "keys", "passkey"):
+        assert task in lines[0]
+    columns = {len(line) for line in lines[2:] if line.startswith(("optimal", "uniform", "best", "greedy"))}
+    assert len(columns) == 1, "the columns are not aligned"
+
+
+def test_budgets_come_in_order_of_size(results):
+    text = report.table(results.plans.iloc[::-1], results.evaluate, CHECKPOINTS, gates())
+    assert text.index("best-2.6bpw") < text.index("best-2.8bpw") < text.index("best-3.3bpw")
+
+
+def test_the_verdicts_follow(results):
+    text = report.table(results.plans, results.evaluate, CHECKPOINTS, gates())
+    assert "NO-GO (fallback)  fit: r2_rank 0.41, must be > 0.5" in text
+    assert "WARN  pilot: manual_gain 0.004, must be > 0.02 (measured .004: manual is near uniform)" in text
+    assert sum(line.startswith("GO  ") for line in text.splitlines()) == 4
+
+
+def test_the_cells_are_those_of_the_tables(results):
+    text = report.table(results.plans, results.evaluate, CHECKPOINTS, gates())
+    row = results.evaluate.query("plan == 'optimal-2.8bpw' and metric == 'ppl' and task == 'world/report'").iloc[0]
+    line = next(line for line in text.splitlines() if line.startswith("optimal-2.8bpw"))
+    assert f"{row['value']:.3f} [{row['lo']:.3f}, {row['hi']:.3f}]" in line
+
+
+def test_the_page_links_figures_and_grades_by_the_unfavourable_end(results):
+    text = page(results)
+    assert "![goodhart](goodhart.png)" in text and "4 of 6 checks say GO" in text
+    assert "excellent |" in next(line for line in text.splitlines() if "log error" in line)
+    assert report._criterion("x", (5.5, 4.5, 6.5), report.PPL_GAIN, 1)[-1] == "minimal"
+    assert report._criterion("x", (0.5, -0.5, 1.5), report.DROP, 1)[-1] == "good"
+    assert report._criterion("x", (2.0, 1.0, 2.9), report.PPL_GAIN, 1)[-1] == "none"
+
+
+def test_the_page_without_law_or_best(results):
+    bare = page(results, law=law().iloc[:0], goodhart=empty(tables.GOODHART, []))
+    assert "## What was reached" in bare and "log error" not in bare
+
+
+def test_no_perplexity_is_one_clear_line(results):
+    with pytest.raises(BitallocError, match="add the suite perplexity"):
+        report.table(results.plans, results.evaluate.query("suite == 'world'"), CHECKPOINTS, gates())
+
+
+def test_the_command_prints_the_table(results, tmp_path):
+    frames = {tables.PLANS: results.plans, tables.EVALUATE: results.evaluate, tables.CHECKPOINTS: CHECKPOINTS}
+    for table, frame in (frames | {tables.GATES: gates()}).items():
+        table.write(frame, tmp_path / f"{table.name}.parquet")
+    run = [sys.executable, "-m", "bitalloc.report"]
+    done = subprocess.run([*run, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("plan ") and "best-2.6bpw" in done.stdout
+    absent = subprocess.run([*run, str(tmp_path / "none")], capture_output=True, text=True, check=False)
+    assert absent.returncode == 1
+    assert absent.stderr.startswith("error: cannot read") and absent.stderr.count("\n") == 1
