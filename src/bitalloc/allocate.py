@@ -1,0 +1,277 @@
+"""Allocate: costs and budgets -> plans, each with the certificate of how far from the optimum it can be.
+
+The objective of a plan is the sum over matrices of coefficient x rel_error (SENSITIVITY and COSTS), in nats a token.
+
+Legend: N matrices, K options; `choice_N` holds an option index for each matrix.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, get_args
+
+import numpy as np
+import pandas as pd
+import yaml
+
+from bitalloc.config import Allocate, Bits, Config, Sweep, parse_bytes
+from bitalloc.errors import BitallocError
+from bitalloc.formats.layout import checkpoint_nbytes, rest_nbytes
+from bitalloc.option import PASS_THROUGH, Option
+from bitalloc.strategies import Choice, Instance, random, strategy
+from bitalloc.strategies.optimal import Solution, gap, solve
+
+_OPTION = ["quantizer", "bits", "group_size", "rank"]
+_TRIES = 10  # solves or draws for each further plan that must differ from those before
+_RESTRICTED = {"bits_only": "rank 0 only", "rank_only": "one quantizer, bits and group size; rank free"}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """`nbytes` for the claimed matrices; `rest` bytes beside them if the text speaks of the whole checkpoint."""
+
+    text: str
+    nbytes: int
+    rest: int = 0
+    option: Option | None = None
+
+    @property
+    def slug(self) -> str:
+        return budget_slug(self.text)
+
+
+def budget_slug(text: str) -> str:
+    """The budget in the names of plans.
+
+    >>> budget_slug("2.6bpw"), budget_slug("8 GB"), budget_slug("uniform 3b  g64 r8")
+    ('2.6bpw', '8GB', 'uniform-3b-g64-r8')
+    """
+    text = " ".join(text.split())
+    return text.replace(" ", "-") if text.startswith("uniform") else text.replace(" ", "")
+
+
+def build(costs: pd.DataFrame, sensitivity: pd.DataFrame, inventory: pd.DataFrame, config: Config) -> Instance:
+    """The knapsack of one model, matrices in the order of the inventory.
+
+    Raises `BitallocError` when the tables do not cover the same matrices or disagree on bytes.
+    """
+    claimed = inventory[inventory["claimed"]].set_index("layer")
+    signal = config.sensitivity.signal
+    coefficient = sensitivity[sensitivity["signal"] == signal].set_index("layer")["coefficient"]
+    for name, layers in (("costs", set(costs["layer"])), (f"sensitivity by {signal}", set(coefficient.index))):
+        if off := sorted(layers ^ set(claimed.index)):
+            raise BitallocError(f"{name} and inventory differ in {off[0]} ({len(off)} matrices); repeat that stage")
+    sweep = config.sweep
+    places = costs[_OPTION].drop_duplicates().itertuples(index=False, name=None)
+    options = sorted(
+        Option(*place) if place[0] == PASS_THROUGH else Option(*place, sweep.factor_bits, sweep.symmetric)
+        for place in places
+    )
+    column = {(o.quantizer, o.bits, o.group_size, o.rank): k for k, o in enumerate(options)}
+    row = {layer: i for i, layer in enumerate(claimed.index)}
+    i = costs["layer"].map(row).to_numpy()
+    k = np.array([column[place] for place in costs[_OPTION].itertuples(index=False, name=None)])
+    nbytes_NK = np.zeros((len(row), len(options)), dtype=np.int64)
+    costs_NK = np.full(nbytes_NK.shape, np.inf)
+    nbytes_NK[i, k] = costs["nbytes"]
+    costs_NK[i, k] = costs["layer"].map(coefficient).to_numpy() * costs["rel_error"].to_numpy()
+    for layer, rows, columns, option, nbytes in zip(
+        costs["layer"], *(claimed[side].loc[costs["layer"]] for side in ("rows", "columns")), k, costs["nbytes"],
+        strict=True,
+    ):  # fmt: skip
+        if options[option].nbytes(rows, columns) != nbytes:
+            raise BitallocError(f"{layer} at {options[option].name}: costs and configuration differ in bytes; resweep")
+    weights_N = (claimed["rows"] * claimed["columns"]).to_numpy(dtype=np.int64)
+    return Instance(tuple(row), tuple(options), weights_N, nbytes_NK, costs_NK)
+
+
+def parse_budget(text: str, instance: Instance, inventory: pd.DataFrame, sweep: Sweep) -> Budget:
+    """Bytes for the claimed matrices of "8GB" / "8GiB" (whole checkpoint), "2.6bpw" or "uniform 3b g64 r8".
+
+    A uniform budget without g takes the first group size of the sweep, without r no low-rank part. Raises
+    `BitallocError` for what cannot be read, for less than the smallest plan and for more than the largest.
+    """
+    clean = " ".join(text.split())
+    if match := re.fullmatch(r"uniform ([0-9]+)b(?: g([1-9][0-9]*))?(?: r([0-9]+))?", clean):
+        budget = _uniform_budget(text, match, inventory, sweep)
+    elif match := re.fullmatch(r"([0-9]*\.?[0-9]+) ?bpw", clean):
+        budget = Budget(text, math.floor(Fraction(match[1]) * int(instance.weights_N.sum()) / 8))
+    else:
+        try:
+            total = parse_bytes(clean)
+        except BitallocError as error:
+            raise BitallocError(f"budget {text!r}: {error}; or 2.6bpw, or uniform 3b g64 r8") from None
+        rest = rest_nbytes(inventory, instance.options, sweep)
+        budget = Budget(text, total - rest, rest)
+    asked = f"budget {text} = {budget.nbytes + budget.rest:,} bytes"
+    if budget.rest:
+        asked += f" ({budget.rest:,} go to what is not claimed)"
+    if budget.nbytes < instance.least:
+        raise BitallocError(f"{asked} is below the least possible; {instance.reach(budget.rest)}")
+    if budget.nbytes > instance.most:
+        raise BitallocError(f"{asked} is above the largest plan, it changes nothing; {instance.reach(budget.rest)}")
+    return budget
+
+
+def _uniform_budget(text: str, match: re.Match, inventory: pd.DataFrame, sweep: Sweep) -> Budget:
+    bits, group_size, rank = int(match[1]), int(match[2] or sweep.group_sizes[0]), int(match[3] or 0)
+    if bits not in get_args(Bits):
+        raise BitallocError(f"budget {text!r}: no code has {bits} bits; valid: {', '.join(map(str, get_args(Bits)))}")
+    option = Option(sweep.quantizers[0], bits, group_size, rank, sweep.factor_bits, sweep.symmetric)
+    if bits == 16:
+        option = Option(PASS_THROUGH, 16, 0, 0)
+    claimed = inventory[inventory["claimed"]]
+    shapes = zip(claimed["rows"], claimed["columns"], strict=True)
+    return Budget(text, sum(option.nbytes(int(rows), int(columns)) for rows, columns in shapes), option=option)
+
+
+def allocate(
+    costs: pd.DataFrame, sensitivity: pd.DataFrame, inventory: pd.DataFrame, config: Config
+) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:
+    """PLANS frame and plan name -> PLAN frame: all budgets x strategies, runners-up and the random pool.
+
+    `lower_bound` is that of the joint problem, so every plan's gap tells how far it can be from the best.
+    """
+    settings = config.allocate
+    instance = build(costs, sensitivity, inventory, config)
+    budgets = [parse_budget(text, instance, inventory, config.sweep) for text in settings.budgets]
+    if twice := [b.text for b in budgets if [c.slug for c in budgets].count(b.slug) > 1]:
+        raise BitallocError(f"allocate.budgets names {twice[0]!r} twice; remove one")
+    for name in settings.strategies:
+        strategy(name)
+    place = inventory[inventory["claimed"]][["layer", "block", "role"]].reset_index(drop=True)
+    rows, frames = [], {}
+    for budget in budgets:
+        solution = solve(instance, budget.nbytes)
+        for name, plan, choice_N, note in _choices(instance, budget, solution, config):
+            frames[plan] = _plan(instance, place, choice_N)
+            objective, nbytes = instance.objective(choice_N), instance.size(choice_N)
+            rows.append(
+                {
+                    "plan": plan,
+                    "strategy": name,
+                    "budget": budget.text,
+                    "budget_bytes": budget.nbytes,
+                    "nbytes": nbytes,
+                    "bits_per_weight": instance.bits_per_weight(nbytes),
+                    "checkpoint_nbytes": checkpoint_nbytes(inventory, frames[plan], config.sweep),
+                    "objective": objective,
+                    "lower_bound": solution.lower_bound,
+                    "gap": gap(objective, solution.lower_bound),
+                    "note": note,
+                }
+            )
+    return pd.DataFrame(rows), frames
+
+
+def _choices(
+    instance: Instance, budget: Budget, solution: Solution, config: Config
+) -> Iterator[tuple[str, str, Choice, str]]:
+    """(strategy, plan name, choice, note) of everything that is made for one budget."""
+    settings, draw = config.allocate, [config.seed, *budget.slug.encode()]
+    for name in settings.strategies:
+        if name == "optimal":
+            choice_N, note = solution.choice_N, ""
+        elif name == "uniform":
+            choice_N, note = _uniform(instance, budget)
+        else:
+            choice_N, note = strategy(name)(instance, budget.nbytes, seed=config.seed), _RESTRICTED.get(name, "")
+        yield name, f"{name}-{budget.slug}", choice_N, note
+    note = f"optimal for coefficients jittered by {settings.jitter:g} (log-normal)"
+    for rank, choice_N in enumerate(_runners_up(instance, budget, solution, settings, draw)):
+        yield f"optimal_{rank + 2}", f"optimal_{rank + 2}-{budget.slug}", choice_N, note
+    for serial, choice_N in enumerate(_pool(instance, budget, settings, draw)):
+        yield "random", f"random-{budget.slug}-{serial:03d}", choice_N, ""
+
+
+def _uniform(instance: Instance, budget: Budget) -> tuple[Choice, str]:
+    """The option that the budget names, if it was offered to all; else the best uniform plan that fits."""
+    choice_N = strategy("uniform")(instance, budget.nbytes)
+    best = instance.options[choice_N[0]]
+    if budget.option in instance.options and budget.option != best:
+        named_N = np.full_like(choice_N, instance.options.index(budget.option))
+        if np.isfinite(instance.objective(named_N)):
+            return named_N, f"{budget.option.name}, as the budget says; {best.name} fits too and costs less"
+    return choice_N, best.name
+
+
+def _runners_up(
+    instance: Instance, budget: Budget, solution: Solution, settings: Allocate, draw: list[int]
+) -> list[Choice]:
+    """Up to `runners_up` plans that differ from the optimum and from one another, by rising objective."""
+    rng = np.random.default_rng(draw)
+    found = {solution.choice_N.tobytes(): solution.choice_N}
+    for _ in range(_TRIES * settings.runners_up):
+        if len(found) > settings.runners_up:
+            break
+        factor_N = np.exp(settings.jitter * rng.normal(size=len(instance.layers)))
+        choice_N = solve(instance.reweighted(factor_N), budget.nbytes).choice_N
+        found.setdefault(choice_N.tobytes(), choice_N)
+    return sorted(list(found.values())[1:], key=instance.objective)
+
+
+def _pool(instance: Instance, budget: Budget, settings: Allocate, draw: list[int]) -> list[Choice]:
+    """Up to `pool` distinct random plans that fill the budget; fewer where fewer exist."""
+    found: dict[bytes, Choice] = {}
+    for serial in range(_TRIES * settings.pool):
+        if len(found) == settings.pool:
+            break
+        choice_N = random.random(instance, budget.nbytes, seed=[*draw, serial], slack=settings.pool_slack)
+        if instance.size(choice_N) >= (1 - settings.pool_slack) * budget.nbytes:
+            found.setdefault(choice_N.tobytes(), choice_N)
+    return list(found.values())
+
+
+def _plan(instance: Instance, place: pd.DataFrame, choice_N: Choice) -> pd.DataFrame:
+    chosen = [instance.options[k] for k in choice_N]
+    return place.assign(
+        **{name: [getattr(option, name) for option in chosen] for name in _OPTION},
+        nbytes=instance.at(instance.nbytes_NK, choice_N),
+        cost_nats_per_token=instance.at(instance.costs_NK, choice_N),
+    )
+
+
+def choose_best(
+    plans: pd.DataFrame, frames: Mapping[str, pd.DataFrame], evaluate: pd.DataFrame
+) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:
+    """PLANS rows and PLAN frames of `best-<budget>`: the candidate of least KL to the reference on the select split.
+
+    Candidates are the optimal plan, the runners-up and the uniform plan of the budget, so that what ships is not
+    worse than uniform. The KL is the mean over the corpora of metric kl_nats_per_token, suite divergence; of equals
+    the smaller plan wins. Raises `BitallocError` when a candidate was not evaluated.
+    """
+    scores = evaluate[
+        (evaluate["suite"] == "divergence")
+        & (evaluate["metric"] == "kl_nats_per_token")
+        & evaluate["task"].str.endswith("/select")
+    ]
+    kl = scores.pivot(index="plan", columns="task", values="value").mean(axis=1, skipna=False).to_dict()
+    competes = plans["strategy"].str.fullmatch(r"optimal(_\d+)?|uniform")
+    rows, best = [], {}
+    for budget, group in plans[competes].groupby("budget", sort=False):
+        entrants = group.assign(kl=group["plan"].map(kl).astype(float))
+        if entrants["kl"].isna().any():
+            plan = entrants.loc[entrants["kl"].isna(), "plan"].iloc[0]
+            raise BitallocError(f"{plan} has no divergence on every corpus of the select split; evaluate it there")
+        winner = entrants.sort_values(["kl", "nbytes", "plan"]).iloc[0]
+        uniform = entrants.loc[entrants["strategy"] == "uniform", "kl"]
+        against = f" (uniform {uniform.iloc[0]:.4g})" if len(uniform) else ""
+        name = f"best-{budget_slug(budget)}"
+        note = f"won by {winner['strategy']} on the select split: KL {winner['kl']:.4g}{against}"
+        rows.append({**winner[plans.columns].to_dict(), "plan": name, "strategy": "best", "note": note})
+        best[name] = frames[winner["plan"]]
+    return pd.DataFrame(rows, columns=plans.columns), best
+
+
+def write_overrides(plan: pd.DataFrame, row: Mapping[str, Any]) -> str:
+    """The plan as YAML for people: its row of PLANS as comments, then layer: {quantizer, bits, group_size, rank}."""
+    head = [f"# {name}: {row[name]}" for name in row if not pd.isna(row[name]) and row[name] != ""]
+    lines = [
+        yaml.safe_dump({layer: options}, default_flow_style=None, sort_keys=False, width=1000).rstrip()
+        for layer, options in plan.set_index("layer")[_OPTION].to_dict("index").items()
+    ]
+    return "\n".join([*head, *lines]) + "\n"

@@ -1,0 +1,1 @@
+"""Formats: (plan, matrices) -> a checkpoint that software loads."""
