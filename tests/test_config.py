@@ -12,7 +12,7 @@ FILES = (ROOT / "config/config.yaml", ROOT / "config/models.yaml")
 SHEET = (
     "tiny stories260k gpt2 distilgpt2 gpt2_medium gpt2_large gpt2_xl opt_125m tinyllama_1_1b llama2_7b mistral_7b "
     "phi_2 qwen2_1_5b qwen2_7b qwen2_72b"
-).split()  # noqa: SIM905
+).split()
 
 
 def test_files_are_in_step_with_the_classes():

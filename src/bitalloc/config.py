@@ -33,9 +33,12 @@ class Corpus(Section):
     """Where a corpus comes from. Sources are tried in order; environment variables expand."""
 
     sources: list[str] = Field(
-        description="`world`, `docstrings`, a local text or .json file, or hub:<dataset>@<revision>/<parquet file>"
+        description="`world`, `docstrings`, a local .txt, .raw, .json, .jsonl or .parquet file, or "
+        "hub:<dataset>@<revision>/<parquet file>"
     )
-    separator: str = Field("\n\n", description="put between documents")
+    separator: str = Field(
+        "\n\n", description="after each document of a model without a bos token; empty: pieces of one document"
+    )
 
 
 class Retrieve(Section):
@@ -210,6 +213,7 @@ CORPORA = {
 class Config(Section):
     seed: int = Field(0, description="of everything that is drawn")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: the GPU when there is one")
+    threads: Positive = Field(4, description="CPU threads of a compute job; bytes repeat only for equal threads")
     store: str = Field("results/store", description="content-addressed shards, shared by models and runs")
     corpora: dict[str, Corpus] = Field(CORPORA, description="where texts come from")
     retrieve: Retrieve = Field(default_factory=Retrieve)

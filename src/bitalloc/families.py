@@ -32,6 +32,7 @@ class Family:
     roles: tuple[Role, ...]
     excluded: tuple[tuple[str, str, str], ...]  # (pattern of tensor names, kind, reason)
     transposed: bool = False  # weights stored as [in, out] (GPT-2's Conv1D)
+    tied: bool = False  # the head is the embedding where config.json does not say
     architectures: tuple[str, ...] = field(default=())
 
     def layer(self, block: int, role: Role) -> str:
@@ -103,7 +104,7 @@ FAMILIES: dict[str, Family] = {
                 *_roles("mlp", "block_in", "mlp", "fc1"),
                 *_roles("mlp", "mlp_out", "mlp", "fc2"),
             ),
-            (*_GATED_EXCLUDED, ("*layernorm.weight", "norm", _SMALL)),
+            _GATED_EXCLUDED,
             architectures=("PhiForCausalLM",),
         ),
         Family(
@@ -122,6 +123,7 @@ FAMILIES: dict[str, Family] = {
                 ("*layer_norm.weight", "norm", _SMALL),
                 ("*.bias", "bias", _SMALL),
             ),
+            tied=True,
             architectures=("OPTForCausalLM",),
         ),
         Family(
@@ -138,10 +140,13 @@ FAMILIES: dict[str, Family] = {
                 ("transformer.wpe.weight", "embedding", _KEPT),
                 ("lm_head.weight", "head", _KEPT),
                 ("*ln_?.weight", "norm", _SMALL),
-                ("*.bias", "bias", _SMALL),
+                # older checkpoints hold the causal mask under these names
+                ("*.attn.bias", "buffer", "recomputed, not stored"),
                 ("*.attn.masked_bias", "buffer", "recomputed, not stored"),
+                ("*.bias", "bias", _SMALL),
             ),
             transposed=True,
+            tied=True,
             architectures=("GPT2LMHeadModel",),
         ),
     )

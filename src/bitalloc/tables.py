@@ -217,6 +217,20 @@ LAW = Table(
         *_INTERVAL,
     ),
 )
+RESIDUALS = Table(
+    "residuals",
+    "What the law that the configuration names leaves of each error.",
+    ("layer", "quantizer", "bits", "group_size", "rank"),
+    (
+        _LAYER,
+        *_PLACE,
+        Column("kind", STR, "attention or mlp"),
+        *_OPTION,
+        Column("log_error", FLOAT, "natural logarithm of rel_error"),
+        Column("log_predicted", FLOAT, "the same by the law"),
+        Column("residual", FLOAT, "log_error - log_predicted"),
+    ),
+)
 COSTS = Table(
     "costs",
     "What each option of each matrix costs: the input of the allocation.",
@@ -337,7 +351,7 @@ GOODHART = Table(
 TABLES = {
     table.name: table
     for table in (
-        INVENTORY, TOKENS, ITEMS, MOMENTS, SWEEP, SENSITIVITY, LAW, COSTS, PLAN, PLANS, CHECKPOINTS,
+        INVENTORY, TOKENS, ITEMS, MOMENTS, SWEEP, SENSITIVITY, LAW, RESIDUALS, COSTS, PLAN, PLANS, CHECKPOINTS,
         EVALUATE, RESPONSES, GATES, GOODHART,
     )
 }  # fmt: skip

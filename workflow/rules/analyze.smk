@@ -6,13 +6,11 @@ rule analyze:
         plans="results/{model}/plans.parquet",
         evaluate="results/{model}/evaluate.parquet",
         responses="results/{model}/responses.parquet",
-        items="results/{model}/items.parquet",
+        items_table="results/{model}/items.parquet",
         gates="results/{model}/gates.parquet",
     output:
         table="results/{model}/goodhart.parquet",
-        figure=report(
-            "results/{model}/goodhart.png", caption="../report/goodhart.rst", category="{model}"
-        ),
+        figure=report("results/{model}/goodhart.png", caption="../report/goodhart.rst", category="{model}"),
     log:
         "logs/{model}/analyze.log",
     params:

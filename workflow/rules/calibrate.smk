@@ -14,7 +14,6 @@ rule calibrate:
     resources:
         gpu=gpu,
     params:
-        sheet=sheet,
         settings=section("calibrate", "store", "device"),
         code=code("calibrate"),
     script:

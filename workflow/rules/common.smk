@@ -45,14 +45,12 @@ def settings(model):
 
 def section(*names):
     """Parameter function: the named sections of a model's configuration, as plain values."""
-    return lambda wildcards: {
-        name: settings(wildcards.model).model_dump(mode="json")[name] for name in names
-    }
+    return lambda wildcards: {name: settings(wildcards.model).model_dump(mode="json")[name] for name in names}
 
 
 def sheet(wildcards):
     """Parameter function: the model's row of the model sheet, without its settings."""
-    return CONFIG.model(wildcards.model).model_dump(exclude={"settings"})
+    return checked(CONFIG.model)(wildcards.model).model_dump(exclude={"settings"})
 
 
 def code(*modules):

@@ -18,31 +18,30 @@ rule compress:
         plans="results/{model}/plans.parquet",
         folder="results/{model}/plans",
     output:
-        directory("results/{model}/models/{plan}"),
+        folder=directory("results/{model}/models/{plan}"),
+        table="results/{model}/models/{plan}.parquet",
     log:
         "logs/{model}/compress/{plan}.log",
     threads: threads
     resources:
         gpu=gpu,
     params:
-        sheet=sheet,
         settings=section("sweep", "store", "device"),
         code=code("compress"),
     script:
         "../../scripts/compress.py"
 
 
-rule compress_check:
+rule compress_merge:
     input:
-        folders=lambda wildcards: expand(
-            "results/{model}/models/{plan}", model=wildcards.model, plan=compressed_plans(wildcards)
+        lambda wildcards: expand(
+            "results/{model}/models/{plan}.parquet", model=wildcards.model, plan=compressed_plans(wildcards)
         ),
-        plans="results/{model}/plans.parquet",
     output:
         "results/{model}/checkpoints.parquet",
     log:
-        "logs/{model}/compress_check.log",
+        "logs/{model}/compress_merge.log",
     params:
-        code=code("compress"),
+        code=code("tables"),
     script:
-        "../../scripts/compress_check.py"
+        "../../scripts/compress_merge.py"

@@ -8,6 +8,7 @@ rule evaluate_select:
         inventory="results/{model}/inventory.parquet",
         moments="results/{model}/moments.parquet",
         tokens="results/{model}/tokens.parquet",
+        items_table="results/{model}/items.parquet",
         plans="results/{model}/candidates.parquet",
         folder="results/{model}/candidates",
     output:
@@ -18,7 +19,6 @@ rule evaluate_select:
     resources:
         gpu=gpu,
     params:
-        sheet=sheet,
         settings=section("evaluate", "sweep", "store", "device", "seed"),
         code=code("evaluate"),
     script:
@@ -33,7 +33,7 @@ rule evaluate:
         inventory="results/{model}/inventory.parquet",
         moments="results/{model}/moments.parquet",
         tokens="results/{model}/tokens.parquet",
-        items="results/{model}/items.parquet",
+        items_table="results/{model}/items.parquet",
         plans="results/{model}/plans.parquet",
         folder="results/{model}/plans",
         checkpoints="results/{model}/checkpoints.parquet",
@@ -46,7 +46,6 @@ rule evaluate:
     resources:
         gpu=gpu,
     params:
-        sheet=sheet,
         settings=section("evaluate", "sweep", "store", "device", "seed"),
         code=code("evaluate"),
     script:
@@ -54,9 +53,7 @@ rule evaluate:
 
 
 def evaluate_parts(pattern):
-    return lambda wildcards: expand(
-        pattern, model=wildcards.model, part=range(settings(wildcards.model).evaluate.jobs)
-    )
+    return lambda wildcards: expand(pattern, model=wildcards.model, part=range(settings(wildcards.model).evaluate.jobs))
 
 
 rule evaluate_merge:

@@ -5,6 +5,7 @@ rule fit:
     input:
         sweep=gated("sweep", lambda wildcards: f"results/{wildcards.model}/sweep.parquet"),
         inventory="results/{model}/inventory.parquet",
+        verdict="results/{model}/gates/sweep.json",
     output:
         law="results/{model}/law.parquet",
         costs_law="results/{model}/costs.law.parquet",

@@ -38,7 +38,7 @@ checkpoint gate_sweep:
         "logs/{model}/gate_sweep.log",
     params:
         gate="sweep",
-        settings=section("gates", "sweep", "sensitivity"),
+        settings=section("gates", "sensitivity"),
         expected=lambda wildcards: expected_experiments(wildcards.model),
         code=code("gates"),
     script:
@@ -110,7 +110,7 @@ checkpoint gate_downstream:
     input:
         plans="results/{model}/plans.parquet",
         evaluate="results/{model}/evaluate.parquet",
-        items="results/{model}/items.parquet",
+        items_table="results/{model}/items.parquet",
     output:
         "results/{model}/gates/downstream.json",
     log:
@@ -125,7 +125,9 @@ checkpoint gate_downstream:
 
 rule gates:
     input:
-        expand("results/{{model}}/gates/{gate}.json", gate=["sweep", "fit", "allocate", "pilot", "compress", "downstream"]),
+        expand(
+            "results/{{model}}/gates/{gate}.json", gate=["sweep", "fit", "allocate", "pilot", "compress", "downstream"]
+        ),
     output:
         "results/{model}/gates.parquet",
     log:

@@ -21,7 +21,7 @@ rule retrieve_corpora:
         checkpoint="results/{model}/checkpoint.json",
     output:
         tokens="results/{model}/tokens.parquet",
-        items="results/{model}/items.parquet",
+        items_table="results/{model}/items.parquet",
     log:
         "logs/{model}/retrieve_corpora.log",
     params:

@@ -29,7 +29,6 @@ rule sweep:
     resources:
         gpu=gpu,
     params:
-        sheet=sheet,
         settings=section("sweep", "store", "device"),
         code=code("sweep"),
     script:
@@ -45,6 +44,7 @@ rule sweep_assemble:
     log:
         "logs/{model}/sweep_assemble.log",
     params:
+        family=lambda wildcards: CONFIG.model(wildcards.model).family,
         settings=section("sweep"),
         code=code("sweep"),
     script:
@@ -66,7 +66,6 @@ rule sweep_sensitivity:
     resources:
         gpu=gpu,
     params:
-        sheet=sheet,
         settings=section("sensitivity", "sweep", "store", "device", "seed"),
         code=code("sensitivity"),
     script:

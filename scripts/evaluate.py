@@ -1,0 +1,48 @@
+"""One part of all plans on the report split and the tasks -> EVALUATE and RESPONSES."""
+
+from pathlib import Path
+
+from bitalloc.config import Config
+from bitalloc.evaluate import evaluate
+from bitalloc.experiments import open_experiments
+from bitalloc.gates import read_verdict
+from bitalloc.script import stage
+from bitalloc.tables import CHECKPOINTS, EVALUATE, INVENTORY, ITEMS, PLAN, PLANS, RESPONSES, TOKENS, verdicts
+
+
+def main(*, part: int, inputs: dict[str, Path], settings: Config, results: Path, outputs: dict[str, Path]) -> None:
+    plans = PLANS.read(inputs["plans"])
+    if read_verdict(inputs["allocate"])["route"] == "near_uniform":
+        plans = plans[plans["strategy"] != "random"]  # nothing to gain: the pool is not worth its hours
+    written = CHECKPOINTS.read(inputs["checkpoints"]).set_index("plan")["path"]
+    mine = plans["plan"].tolist()[part :: settings.evaluate.jobs]
+    experiments = open_experiments(inputs["checkpoint"], inputs["inventory"], inputs["moments"], settings)
+    scores, responses = evaluate(
+        plans={
+            name: results / written[name] if name in written else PLAN.read(inputs["folder"] / f"{name}.parquet")
+            for name in mine
+        },
+        path=experiments.checkpoint.path,
+        inventory=INVENTORY.read(inputs["inventory"]),
+        experiments=experiments,
+        tokens=TOKENS.read(inputs["tokens"]),
+        items=ITEMS.read(inputs["items_table"]),
+        split="report",
+        settings=settings.evaluate,
+        store=experiments.store,
+        device=experiments.device,
+        seed=settings.seed,
+    )
+    EVALUATE.write(scores, outputs["scores"], verdicts=verdicts(inputs["plans"]))
+    RESPONSES.write(responses, outputs["responses"], verdicts=verdicts(inputs["plans"]))
+
+
+if __name__ == "__main__":
+    with stage(snakemake):
+        main(
+            part=int(snakemake.wildcards.part),
+            inputs={name: Path(path) for name, path in snakemake.input.items()},
+            settings=Config(**snakemake.params.settings),
+            results=Path(snakemake.input.checkpoints).parent,
+            outputs={name: Path(path) for name, path in snakemake.output.items()},
+        )

@@ -1,0 +1,41 @@
+"""Candidates for `best`, and the plans of the pilot, on the select split -> select.parquet [tables.EVALUATE]."""
+
+from pathlib import Path
+
+from bitalloc.config import Config
+from bitalloc.evaluate import evaluate
+from bitalloc.experiments import open_experiments
+from bitalloc.script import stage
+from bitalloc.tables import EVALUATE, INVENTORY, ITEMS, PLAN, PLANS, TOKENS, verdicts
+
+SUITES = ("perplexity", "divergence")
+
+
+def main(*, inputs: dict[str, Path], settings: Config, path_to_scores: Path) -> None:
+    plans = PLANS.read(inputs["plans"])
+    named = plans.loc[plans["strategy"] != "random", "plan"]
+    experiments = open_experiments(inputs["checkpoint"], inputs["inventory"], inputs["moments"], settings)
+    scores, _ = evaluate(
+        plans={name: PLAN.read(inputs["folder"] / f"{name}.parquet") for name in named},
+        path=experiments.checkpoint.path,
+        inventory=INVENTORY.read(inputs["inventory"]),
+        experiments=experiments,
+        tokens=TOKENS.read(inputs["tokens"]),
+        items=ITEMS.read(inputs["items_table"]).iloc[:0],
+        split="select",
+        settings=settings.evaluate,
+        store=experiments.store,
+        device=experiments.device,
+        suites=SUITES,
+        seed=settings.seed,
+    )
+    EVALUATE.write(scores, path_to_scores, verdicts=verdicts(inputs["plans"]))
+
+
+if __name__ == "__main__":
+    with stage(snakemake):
+        main(
+            inputs={name: Path(path) for name, path in snakemake.input.items()},
+            settings=Config(**snakemake.params.settings),
+            path_to_scores=Path(snakemake.output[0]),
+        )

@@ -1,0 +1,25 @@
+"""All tables of a model -> report.md, the page that people read."""
+
+from pathlib import Path
+
+from bitalloc.analyze import summary
+from bitalloc.report import markdown
+from bitalloc.script import stage
+from bitalloc.store import write_atomically
+from bitalloc.tables import TABLES
+
+
+def main(*, model: str, inputs: dict[str, Path], figures: list[str], path_to_report: Path) -> None:
+    read = {name: TABLES[name].read(path) for name, path in inputs.items()}
+    sentences = summary(read["goodhart"], read["evaluate"], read["plans"])
+    write_atomically(path_to_report, markdown(model, **read, sentences=sentences, figures=figures).encode())
+
+
+if __name__ == "__main__":
+    with stage(snakemake):
+        main(
+            model=snakemake.wildcards.model,
+            inputs={name: Path(path) for name, path in snakemake.input.items() if name in TABLES},
+            figures=[Path(path).name for path in snakemake.input.figures],
+            path_to_report=Path(snakemake.output[0]),
+        )

@@ -1,0 +1,206 @@
+"""The native format: a self-contained folder of packed safetensors, `bitalloc.json` and the source's small files.
+
+`bitalloc.json` holds the plan, the options it needs, the digest of the source's tensors, what the caller adds
+(verdicts, say), and size and SHA-256 of every weights file, which are verified before a tensor is used.
+
+Legend: W_OI a matrix of O outputs and I inputs.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from bitalloc import families
+from bitalloc.config import Sweep
+from bitalloc.errors import BitallocError
+from bitalloc.formats.layout import METADATA, block_file, layout, matrix_tensors
+from bitalloc.models import Checkpoint, materialise, skeleton, working_dtype
+from bitalloc.option import Option, from_row
+from bitalloc.quant import CompressedMatrix
+from bitalloc.store import canonical, digest, file_digest, write_atomically
+from bitalloc.tables import PLAN
+
+MANIFEST = "bitalloc.json"
+VERSION = 1
+SMALL_FILES = ("*.json", "tokenizer*", "*.model", "merges.txt")  # copied along; the index of the source is not
+Matrices = Callable[[str, Option], CompressedMatrix]
+
+
+def source_identity(inventory: pd.DataFrame) -> str:
+    """Digest of all tensors of a checkpoint, by name and content."""
+    return digest(sorted(zip(inventory["tensor"], inventory["digest"], strict=True)))
+
+
+def save(
+    folder: Path,
+    *,
+    source: Checkpoint,
+    inventory: pd.DataFrame,
+    plan: pd.DataFrame,
+    matrix: Matrices,
+    sweep: Sweep,
+    extra: Mapping[str, Any],
+) -> None:
+    """Write the plan as a checkpoint, with one block in memory; a finished equal one is left as it is.
+
+    Everything is written to a hidden folder beside the target, flushed and renamed at the end. Raises
+    `BitallocError` when the target holds something else, and when the disk is full.
+    """
+    folder = Path(folder)
+    files = layout(inventory, plan, sweep)
+    shape = inventory[inventory["claimed"]].set_index("layer")[["rows", "columns"]]
+    content = {
+        "format": METADATA["format"],
+        "version": VERSION,
+        "family": source.family.name,
+        "source": source_identity(inventory),
+        "options": {"factor_bits": sweep.factor_bits, "symmetric": sweep.symmetric},
+        "plan": plan.join(shape, on="layer").to_dict("records"),
+        "extra": dict(extra),
+    }
+    if folder.exists():
+        _check_equal(folder, content)
+        return
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        written = {}
+        for file, layout_of_file in files.items():
+            found: dict[str, torch.Tensor] = {}
+            for row in plan.to_dict("records"):
+                if block_file(row["block"]) == file:
+                    parts = matrix(row["layer"], from_row(row, sweep)).tensors()
+                    found |= {f"{row['layer']}.{name}": tensor for name, tensor in parts.items()}
+            for name, _, shape in layout_of_file:
+                found[name] = (found[name] if name in found else source.tensor(name)).reshape(shape).contiguous()
+            written[file] = _write(temporary / file, found)
+        for small in _small_files(source.path):
+            shutil.copyfile(source.path / small, temporary / small)
+        write_atomically(temporary / MANIFEST, canonical({**content, "files": written}).encode())
+        os.replace(temporary, folder)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise BitallocError(f"cannot write {folder}: {reason}; free space or fix permissions, then rerun") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load(
+    folder: Path, *, inventory: pd.DataFrame | None = None
+) -> tuple[pd.DataFrame, Callable[[str], CompressedMatrix]]:
+    """(PLAN frame, matrix of a layer) of a checkpoint; a file is verified when it is first read.
+
+    Raises `BitallocError` when the folder is incomplete or damaged and when it was made from another model
+    than that of `inventory`.
+    """
+    reader = Reader(folder)
+    if inventory is not None and reader.manifest["source"] != source_identity(inventory):
+        raise BitallocError(f"{folder} was compressed from another model; delete it and rerun, it is made again")
+    plan = pd.DataFrame(list(reader.plan.values()))[[column.name for column in PLAN.columns]]
+    return plan, reader.matrix
+
+
+def load_model(folder: Path, *, device: torch.device) -> Any:
+    """The `transformers` model of a checkpoint, dequantised weights in place, ready to evaluate.
+
+    Needs nothing but the folder. Raises `BitallocError` as `load` does.
+    """
+    model = skeleton(Path(folder), device=device)
+    names = {module: f"{name}.weight" for name, module in model.named_modules()}
+    tied = {names[model.get_output_embeddings()]: names[model.get_input_embeddings()]}
+    materialise(model, "", Reader(folder, tied), device=device, dtype=working_dtype(device))
+    model.tie_weights()
+    return model
+
+
+def checkpoint_digest(folder: Path) -> str:
+    """SHA-256 over the names and digests of the weights files."""
+    return digest({file: record["sha256"] for file, record in _manifest(folder)["files"].items()})
+
+
+class Reader:
+    """Tensors of a checkpoint under the names that the source had, claimed matrices dequantised.
+
+    `tied` names the tensor that stands in for one that is not stored.
+    """
+
+    def __init__(self, folder: Path, tied: Mapping[str, str] | None = None) -> None:
+        self.folder, self.manifest, self.tied = Path(folder), _manifest(folder), tied or {}
+        self.family = families.family(self.manifest["family"])
+        self.plan = {row["layer"]: row for row in self.manifest["plan"]}
+        self.options = Sweep(**self.manifest["options"])
+        self._files: dict[str, Any] = {}
+
+    def matrix(self, layer: str) -> CompressedMatrix:
+        """A claimed matrix as it is stored."""
+        row = self.plan[layer]
+        option, file = from_row(row, self.options), self._open(block_file(row["block"]))
+        names = [stored.name for stored in matrix_tensors(layer, row["rows"], row["columns"], option)]
+        tensors = {name.removeprefix(f"{layer}."): file.get_tensor(name) for name in names}
+        return CompressedMatrix.from_tensors(option, row["rows"], row["columns"], tensors)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A tensor in the source's orientation."""
+        layer = name.removesuffix(".weight")
+        if layer in self.plan:
+            W_OI = self.matrix(layer).dequantize()
+            return W_OI.T if self.family.transposed else W_OI
+        for file in (block_file(-1), *self.manifest["files"]):
+            if name in (handle := self._open(file)).keys():  # noqa: SIM118
+                return handle.get_tensor(name)
+        if name in self.tied:
+            return self.tensor(self.tied[name])
+        raise BitallocError(f"{self.folder} has no tensor {name!r}; delete it and rerun, it is made again")
+
+    def _open(self, file: str) -> Any:
+        if file not in self._files:
+            path, record = self.folder / file, self.manifest["files"].get(file)
+            if record is None or not path.is_file() or file_digest(path) != record["sha256"]:
+                raise BitallocError(f"{path} is missing, truncated or damaged; delete the folder and rerun")
+            self._files[file] = safe_open(path, framework="pt")
+        return self._files[file]
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    path = Path(folder) / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if (manifest["format"], manifest["version"]) == (METADATA["format"], VERSION):
+            return manifest
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise BitallocError(f"{path} is missing, damaged or of another version; delete the folder and rerun")
+
+
+def _check_equal(folder: Path, content: Mapping[str, Any]) -> None:
+    """Raise unless `folder` holds exactly what would be written there."""
+    manifest = _manifest(folder)
+    if canonical({**content, "files": manifest["files"]}) != canonical(manifest):
+        raise BitallocError(f"{folder} holds another plan or model; delete it or write elsewhere")
+    reader = Reader(folder)
+    for file in manifest["files"]:
+        reader._open(file)
+
+
+def _write(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    save_file(tensors, path, metadata=METADATA)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return {"nbytes": path.stat().st_size, "sha256": file_digest(path)}
+
+
+def _small_files(folder: Path) -> list[str]:
+    names = sorted(path.name for path in folder.iterdir() if path.is_file() and not path.name.endswith(".index.json"))
+    return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in SMALL_FILES)]

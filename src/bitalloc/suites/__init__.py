@@ -1,0 +1,19 @@
+"""Suites: (a model in one state, what to read) -> rows of RESPONSES. One module a suite, one registry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from bitalloc.suites import divergence, perplexity, world
+from bitalloc.suites.scoring import Head, Responses, Scored, Windows
+
+Suite = Callable[[Scored], Responses]
+
+SUITES: dict[str, Suite] = {
+    "perplexity": perplexity.responses,
+    "divergence": divergence.responses,
+    "world": world.responses,
+}
+READS_ITEMS = frozenset({"world"})  # the others read windows of text
+
+__all__ = ["READS_ITEMS", "SUITES", "Head", "Responses", "Scored", "Suite", "Windows"]

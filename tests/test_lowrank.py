@@ -1,0 +1,116 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bitalloc.lowrank import _orthonormal, decompose, leading, stacks
+from bitalloc.option import Option
+from bitalloc.quant import Factor
+from tests.quant.reference import lowrank, moments, rel_error, weights
+
+
+def decaying(rows: int, columns: int, *, power: float, seed: int = 0) -> torch.Tensor:
+    draw = torch.Generator().manual_seed(seed)
+    U, V = (torch.linalg.qr(torch.randn(n, min(rows, columns), generator=draw))[0] for n in (rows, columns))
+    return U * torch.arange(1, min(rows, columns) + 1) ** -power @ V.T
+
+
+@given(rows=st.integers(1, 30), columns=st.integers(1, 30), rank=st.integers(1, 12), seed=st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+def test_leading_is_the_eckart_young_optimum(rows, columns, rank, seed):
+    Y = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    A, B = leading(Y, rank)
+    assert A.shape == (rows, min(rank, rows, columns))
+    tail = float(torch.linalg.svdvals(Y.double())[rank:].square().sum())
+    assert float((Y - A @ B).square().sum()) == pytest.approx(tail, rel=1e-4, abs=1e-8)
+
+
+def test_ranks_are_nested_strongest_first():
+    Y = decaying(40, 60, power=0.7)
+    A, B = leading(Y, 8)
+    a, b = leading(Y, 3)
+    assert torch.allclose(A[:, :3] @ B[:3], a @ b, atol=1e-5)
+
+
+@pytest.mark.parametrize("power", [0.25, 1.0])
+def test_the_randomised_svd_is_within_one_percent(power):
+    Y = decaying(1100, 1060, power=power)
+    A, B = leading(Y, 32)
+    tail = float((torch.arange(33, 1061, dtype=torch.float64) ** (-2 * power)).sum())
+    assert tail <= float((Y - A @ B).square().sum()) * (1 + 1e-4) <= 1.01 * tail
+    again = leading(Y, 32)
+    assert torch.equal(A, again[0]) and torch.equal(B, again[1])
+
+
+def test_a_deficient_sketch_stays_orthonormal_where_it_has_rank():
+    Y = torch.randn(200, 3, generator=torch.Generator().manual_seed(0)) @ torch.randn(3, 12)
+    Q = _orthonormal(Y)
+    assert bool(Q.isfinite().all())
+    assert torch.allclose(Q @ (Q.T @ Y), Y, atol=1e-3)
+
+
+def plain(W: torch.Tensor, rank: int) -> torch.Tensor:
+    U, S, V = torch.linalg.svd(W, full_matrices=False)
+    return U[:, :rank] * S[:rank] @ V[:rank]
+
+
+def test_whitening_reaches_the_optimum_in_the_calibrated_norm_and_beats_the_plain_svd():
+    W, H = weights(48, 80), moments(80, outliers=3)
+    factor = Factor(H, 0.1)
+    order = factor.order(16, True)
+    A, B = leading(order.M_II.T @ W.T[order.permutation_I], 6)
+    whitened = (order.stored(order.unwhiten(A.T).T) @ B).T
+    damped = H.double() + factor.lam * torch.eye(80)
+    best = torch.linalg.svdvals(W.double() @ torch.linalg.cholesky(damped))[6:].square().sum()
+
+    def error(What: torch.Tensor) -> float:
+        E = W.double() - What.double()
+        return float(((E @ damped) * E).sum())
+
+    assert error(whitened) == pytest.approx(float(best), rel=1e-4)
+    assert error(whitened) < error(plain(W, 6)) / 1.1
+
+
+@pytest.mark.parametrize("factor_bits", [8, 16])
+def test_factors_are_stored_to_the_precision_of_their_bits(factor_bits):
+    """8 bits for the codes leave nothing to fit, so the low-rank part stays what the SVD of W made it."""
+    W, H = decaying(64, 96, power=0.8), moments(96)
+    option = Option("rtn", 8, 32, 5, factor_bits)
+    [fitted] = decompose(W, Factor(H, 0.1), [option], act_order=True, iterations=0)
+    damped = H.double() + 0.1 * H.diagonal().double().mean() * torch.eye(96)
+    expected = lowrank(W.double(), torch.linalg.cholesky(damped), 5)
+    off = (fitted.matrix.lowrank_part() - expected).norm() / expected.norm()
+    assert off < (1e-4 if factor_bits == 8 else 2e-2)
+    assert fitted.matrix.L_OR.dtype == (torch.int8 if factor_bits == 8 else torch.float16)
+
+
+def test_rank_helps_and_rounds_never_hurt():
+    W, H = weights(64, 96, outliers=10), moments(96, outliers=2)
+    options = [Option("gptq", 2, 32, rank) for rank in (0, 2, 8)]
+    by_rounds = [decompose(W, Factor(H, 0.1), options, act_order=True, iterations=n) for n in (0, 1, 3)]
+    for fitted in by_rounds:
+        assert fitted[0].error > fitted[1].error > fitted[2].error
+    for none, one, three in zip(*by_rounds, strict=True):
+        assert three.objective <= one.objective <= none.objective
+    assert by_rounds[0][0].objective == by_rounds[2][0].objective
+
+
+def test_a_rank_beyond_the_matrix_is_stored_whole_and_harmless():
+    W, H = weights(6, 40), moments(40)
+    option = Option("gptq", 2, 32, 16)
+    [fitted] = decompose(W, Factor(H, 0.1), [option], act_order=True, iterations=1)
+    assert fitted.matrix.nbytes == option.nbytes(6, 40)
+    assert rel_error(W, fitted.matrix.dequantize(), H) < 1e-3
+
+
+def test_a_matrix_of_zeros_is_stored_exactly():
+    options = [Option("gptq", 2, 32, rank) for rank in (0, 4)]
+    for fitted in decompose(torch.zeros(8, 40), Factor(moments(40), 0.1), options, act_order=True, iterations=1):
+        assert fitted.square == 0 and not fitted.matrix.dequantize().any()
+
+
+def test_results_come_in_the_order_of_the_options():
+    options = [Option("gptq", 3, 32, 0), Option("rtn", 2, 64, 2), Option("none", 16, 0, 0), Option("gptq", 2, 32, 2)]
+    fitted = decompose(weights(4, 64), Factor(moments(64), 0.1), options, act_order=True, iterations=1)
+    assert [f.matrix.option for f in fitted] == options
+    assert [[options.index(o) for o in stack] for stack in stacks(options)] == [[0, 3], [1], [2]]

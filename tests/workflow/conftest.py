@@ -1,0 +1,96 @@
+"""A project folder of its own for every run of the DAG, and one finished small run that tests share."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+PARTS = ("Snakefile", "workflow", "scripts", "config", "resources", "profiles")
+TARGETS = ("results/tiny/goodhart.png", "results/tiny/report.md")
+
+# the same chain with few options, windows and plans; every gate check warns that such a small run may fail
+SMALL = {
+    "retrieve": {
+        "calibrate_windows": 16,
+        "select_windows": 4,
+        "report_windows": 4,
+        "items": {"facts": 48, "keys": 24},
+    },
+    "sweep": {"bits": [2, 3, 4], "group_sizes": [64], "ranks": [0, 2, 4]},
+    "sensitivity": {"signals": ["kl"], "windows": 4},
+    "fit": {"resamples": 20, "extra_ranks": []},
+    "allocate": {"budgets": ["2.6bpw", "3.3bpw"], "pool": 3, "runners_up": 1},
+    "compress": {"plans": ["best"]},
+    "evaluate": {"resamples": 100},
+    "analyze": {"resamples": 100, "folds": 4},
+    "gates": {"mode": "warn"},
+}
+
+
+class Project:
+    """A copy of the workflow in a folder, with the small settings for `tiny`, and snakemake in it."""
+
+    def __init__(self, folder: Path, **settings: dict) -> None:
+        self.folder = folder
+        for part in PARTS:
+            source, target = ROOT / part, folder / part
+            (shutil.copytree if source.is_dir() else shutil.copy)(source, target)
+        self.configure(**settings)
+
+    def configure(self, **settings: dict) -> None:
+        sheet = yaml.safe_load((ROOT / "config/models.yaml").read_text())
+        tiny = sheet["models"]["tiny"]["settings"]
+        for name, values in (*SMALL.items(), *settings.items()):
+            tiny[name] = {**tiny.get(name, {}), **values}
+        (self.folder / "config/models.yaml").write_text(yaml.safe_dump(sheet))
+
+    def start(self, *arguments: str) -> subprocess.Popen:
+        command = [sys.executable, "-m", "snakemake", *arguments, "--cores", "2"]
+        return subprocess.Popen(
+            command, cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            start_new_session=True, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
+
+    def run(self, *arguments: str) -> tuple[int, str]:
+        """Exit status and all output of `snakemake ARGUMENTS`."""
+        process = self.start(*arguments)
+        output, _ = process.communicate(timeout=600)
+        return process.returncode, output
+
+    def kill_once(self, condition, *arguments: str) -> None:
+        """Start a run and kill -9 snakemake and all its jobs as soon as `condition()` holds."""
+        process = self.start(*arguments)
+        while not condition():
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+    def tables(self) -> dict[str, Path]:
+        results = self.folder / "results/tiny"
+        return {str(path.relative_to(results)): path for path in sorted(results.rglob("*.parquet"))}
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory) -> Project:
+    """A small run of the whole DAG that went through undisturbed."""
+    project = Project(tmp_path_factory.mktemp("finished"))
+    status, output = project.run(*TARGETS)
+    assert status == 0, output
+    return project
+
+
+@pytest.fixture
+def project(finished, tmp_path) -> Project:
+    """A copy of the finished project that a test may change."""
+    shutil.copytree(finished.folder, tmp_path / "project", copy_function=shutil.copy2)
+    copy = object.__new__(Project)
+    copy.folder = tmp_path / "project"
+    return copy

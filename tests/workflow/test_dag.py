@@ -1,0 +1,153 @@
+"""The DAG end to end: products, idleness, resume after kill -9, gates, bad input."""
+
+import json
+import shutil
+
+import pandas as pd
+import pytest
+
+from bitalloc import tables
+
+from .conftest import TARGETS, Project
+
+pytestmark = [pytest.mark.workflow, pytest.mark.xdist_group("workflow")]
+
+
+def without_times(path) -> pd.DataFrame:
+    return pd.read_parquet(path).drop(columns="wall_s", errors="ignore")
+
+
+def test_every_product_is_there_and_every_table_is_of_its_schema(finished):
+    results = finished.folder / "results/tiny"
+    assert (results / "goodhart.png").stat().st_size > 20_000
+    assert "best-2.6bpw" in (results / "report.md").read_text()
+    for name in ("inventory", "tokens", "items", "moments", "sweep", "sensitivity", "law", "plans", "checkpoints"):
+        assert len(tables.TABLES[name].read(results / f"{name}.parquet"))
+    plans = tables.PLANS.read(results / "plans.parquet").set_index("plan")
+    assert (plans["nbytes"] <= plans["budget_bytes"]).all()
+    scores = tables.EVALUATE.read(results / "evaluate.parquet")
+    assert set(plans.index) | {"reference"} == set(scores["plan"])
+
+
+def test_bytes_on_disk_are_the_promised_ones(finished):
+    checkpoints = tables.CHECKPOINTS.read(finished.folder / "results/tiny/checkpoints.parquet")
+    assert len(checkpoints)
+    assert (checkpoints["nbytes"] == checkpoints["predicted_nbytes"]).all()
+
+
+def test_verdicts_are_stamped_into_what_stands_on_them(finished):
+    stamped = tables.verdicts(finished.folder / "results/tiny/goodhart.parquet")
+    assert {row["gate"] for row in stamped} >= {"sweep", "fit", "allocate", "pilot"}
+    assert {row["mode"] for row in stamped} & {"warn", "fallback"}
+
+
+def test_a_second_run_does_nothing(finished):
+    status, output = finished.run(*TARGETS)
+    assert status == 0
+    assert "Nothing to be done" in output
+
+
+def test_killed_at_any_moment_and_run_again_the_tables_are_those_of_an_undisturbed_run(finished, tmp_path):
+    project = Project(tmp_path)
+    store, results = tmp_path / "results/store", tmp_path / "results/tiny"
+    # in the middle of the sweep, of the sensitivity, and of the evaluation
+    project.kill_once(lambda: len(list(store.rglob("*.json"))) > 60, *TARGETS)
+    project.run("--unlock")
+    project.kill_once((results / "select.parquet").exists, *TARGETS)
+    project.run("--unlock")
+    status, output = project.run(*TARGETS)
+    assert status == 0, output
+    ours, theirs = project.tables(), finished.tables()
+    assert set(ours) == set(theirs)
+    for name, path in ours.items():
+        if "wall_s" in pd.read_parquet(path).columns:
+            pd.testing.assert_frame_equal(without_times(path), without_times(theirs[name]))
+        else:
+            assert path.read_bytes() == theirs[name].read_bytes(), name
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_no_go_stops_its_branch_and_keeps_what_is_finished(project):
+    kept = (project.folder / "results/tiny/sweep.parquet").read_bytes()
+    (project.folder / "results/tiny/law.parquet").unlink()
+    project.configure(gates={"mode": "stop", "checks": {"error_range": {"threshold": 1e9}}})
+    status, output = project.run(*TARGETS)
+    assert status != 0
+    line = next(line for line in output.splitlines() if "error_range" in line)
+    assert "1e+09" in line or "1000000000" in line
+    assert "sweep.parquet" in output
+    assert "gates.mode" in output
+    assert (project.folder / "results/tiny/sweep.parquet").read_bytes() == kept
+    assert not (project.folder / "results/tiny/law.parquet").exists()
+
+
+def test_a_law_that_does_not_hold_gives_way_to_interpolation(project):
+    project.configure(gates={"mode": "warn", "checks": {"r2_rank": {"threshold": 0.9999, "mode": "fallback"}}})
+    status, output = project.run("results/tiny/candidates.parquet")
+    assert status == 0, output
+    assert json.loads((project.folder / "results/tiny/gates/fit.json").read_text())["route"] == "interpolation"
+
+
+def test_uniform_near_optimal_ends_in_a_report_without_the_pool(project):
+    project.configure(gates={"mode": "warn", "checks": {"objective_gap": {"threshold": 0.99, "mode": "fallback"}}})
+    status, output = project.run(*TARGETS)
+    assert status == 0, output
+    scores = tables.EVALUATE.read(project.folder / "results/tiny/evaluate.parquet")
+    assert not scores["plan"].str.startswith("random").any()
+    assert "near" in (project.folder / "results/tiny/report.md").read_text()
+
+
+def test_a_corrupted_table_is_refused_with_the_remedy(project):
+    path = project.folder / "results/tiny/sweep.parquet"
+    path.write_bytes(path.read_bytes()[:-9])
+    status, output = project.run(*TARGETS)
+    assert status != 0
+    assert any("sweep.parquet" in line and "delete it and rerun" in line for line in output.splitlines())
+    path.unlink()
+    status, output = project.run(*TARGETS)
+    assert status == 0, output
+
+
+def test_a_missing_checkpoint_is_one_line_with_what_was_tried(tmp_path):
+    project = Project(tmp_path)
+    shutil.rmtree(tmp_path / "resources")
+    overrides = ["--config", "models={lost: {path: /nowhere/at/all, family: llama, blocks: 2}}"]
+    status, output = project.run("results/lost/inventory.parquet", *overrides)
+    assert status != 0
+    assert any("/nowhere/at/all" in line and line.startswith("error: ") for line in output.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["results/qwen2_7B/goodhart.png"], ["unknown model 'qwen2_7B'", "did you mean 'qwen2_7b'"]),
+        ([*TARGETS, "--config", "swep={}"], ["unknown key 'swep'", "did you mean 'sweep'"]),
+        ([*TARGETS, "--config", "seed=x"], ["seed", "'x'"]),
+    ],
+)
+def test_bad_input_is_one_clear_line(finished, arguments, words):
+    status, output = finished.run(*arguments)
+    assert status != 0
+    assert any(all(word in line for word in words) for line in output.splitlines()), output
+    assert "Traceback" not in output
+
+
+def test_the_plan_of_work_for_a_7b_needs_no_weights(finished):
+    status, output = finished.run("results/qwen2_7b/goodhart.png", "-n")
+    assert status == 0, output
+    assert "sweep " in output
+    assert any(line.split()[:2] == ["sweep", "28"] for line in output.splitlines())
+
+
+def test_two_runs_at_once_do_not_meet(project):
+    (project.folder / "results/tiny/goodhart.png").unlink()
+    (project.folder / "results/tiny/law.parquet").unlink()
+    first = project.start(*TARGETS)
+    locks = project.folder / ".snakemake/locks"
+    while not (locks.exists() and any(locks.iterdir())):
+        assert first.poll() is None
+    status, output = project.run(*TARGETS)
+    assert status != 0
+    assert "lock" in output.lower()
+    assert first.communicate(timeout=600) is not None
+    assert first.returncode == 0
