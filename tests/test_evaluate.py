@@ -143,14 +143,15 @@ def test_shards_belong_to_what_was_scored(bench: Small, tmp_path: Path, monkeypa
         assert measured == ["reference", "p"], change
 
 
-def test_jobs_merge_into_the_frames_of_one_job(bench: Small, tmp_path: Path) -> None:
+def test_parts_that_share_the_reference_make_up_the_frames_of_one_job(bench: Small, tmp_path: Path) -> None:
     plans = {f"random-{seed}": bench.random_plan(seed) for seed in range(4)}
     whole = run(bench, plans, tmp_path / "one")
     halves = [
         run(bench, {n: plans[n] for n in names}, tmp_path / "two") for names in (list(plans)[:2], list(plans)[2:])
     ]
     for a, parts in zip(whole, zip(*halves, strict=True), strict=True):
-        pd.testing.assert_frame_equal(a, stage.merge(parts))
+        key = list(EVALUATE.key if "lo" in a else RESPONSES.key)
+        pd.testing.assert_frame_equal(a, pd.concat(parts).drop_duplicates(key, ignore_index=True))
 
 
 def test_the_model_ends_up_with_the_weights_of_the_plan(bench: Small) -> None:
@@ -174,6 +175,8 @@ def test_bad_input_is_one_line(bench: Small, tmp_path: Path) -> None:
         run(bench, {}, tmp_path, suites=["perplexty"])
     with pytest.raises(BitallocError, match=r"plan p is not one of this model: .*attn.* is missing"):
         run(bench, {"p": plan.iloc[1:]}, tmp_path)
+    with pytest.raises(BitallocError, match=r"suite world has no items"):
+        run(bench, {}, tmp_path, items=items(0))
     with pytest.raises(BitallocError, match=r"no token windows"):
         run(bench, {}, tmp_path, split="nothing")
 

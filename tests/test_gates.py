@@ -299,6 +299,9 @@ def test_downstream_reads_the_best_plan_of_the_largest_budget(tmp_path):
     good = checked(downstream_gate(0.885), tmp_path).loc["downstream"]
     assert good["go"]
     assert good["value"] == pytest.approx(1.5)
+    limit = checked(downstream_gate(0.98, reference=1.0), tmp_path).loc["downstream"]
+    assert 100 * (1 - 0.98) > 2  # in binary
+    assert limit["go"]
     bad = checked(downstream_gate(0.85), tmp_path).loc["downstream"]
     assert not bad["go"]
     assert bad["value"] == pytest.approx(5)

@@ -66,7 +66,9 @@ class Sweep(Section):
     factor_bits: Literal[8, 16] = Field(8, description="bits of an entry of the low-rank factors")
     damping: Annotated[float, Field(gt=0)] = Field(0.1, description="added to H, as a share of its mean diagonal")
     act_order: bool = Field(True, description="quantise groups, and columns within them, by falling activation energy")
-    iterations: Positive = Field(1, description="low-rank/quantise rounds after the low-rank-first start; best is kept")
+    iterations: Annotated[int, Field(ge=0)] = Field(
+        1, description="low-rank/quantise rounds after the low-rank-first start; best is kept"
+    )
     unit: Literal["layer", "matrix", "experiment"] = Field("layer", description="experiments of a job (layer: a block)")
     keep_matrices: bool | Literal["auto"] = Field(
         "auto", description="keep compressed matrices beside the errors; auto: when all together take under keep_limit"
@@ -111,7 +113,9 @@ class Compress(Section):
 class Evaluate(Section):
     suites: list[str] = Field(["perplexity", "divergence"], description="members of the suite family")
     batch: Positive = Field(8, description="windows a forward pass")
-    stride: Positive | None = Field(None, description="tokens between windows of perplexity; null = window length")
+    stride: Positive | None = Field(
+        None, description="tokens scored at the end of a window, as if it slid by so much; null = all but the first"
+    )
     resamples: Positive = Field(2000, description="bootstrap resamples of an interval")
     jobs: Positive = Field(1, description="jobs among which the plans are shared out")
 

@@ -211,13 +211,6 @@ def summarise(
     return pd.DataFrame(rows, columns=[column.name for column in EVALUATE.columns])
 
 
-def merge(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """The EVALUATE (or RESPONSES) frames of several jobs in one; the reference, which all have, comes once."""
-    whole = pd.concat(frames, ignore_index=True)
-    key = [column for column in RESPONSES.key if column in whole]  # EVALUATE's is the beginning of it
-    return whole.drop_duplicates(key, ignore_index=True)
-
-
 def _frame_digest(frame: pd.DataFrame) -> str:
     plain = frame.astype(object).map(_plain)
     return hashlib.sha256(plain.to_json(orient="split", index=False).encode()).hexdigest()

@@ -184,7 +184,8 @@ def _frame(gates: Gates, gate: str, **measured: tuple[Any, str]) -> pd.DataFrame
     rows = []
     for name, (found, evidence) in measured.items():
         check = getattr(gates.checks, name)
-        value = float(found) if found is not None and math.isfinite(found) else math.nan
+        # ten digits: 100 (1 - 0.98) is 2 points, whatever binary fractions make of it
+        value = float(f"{found:.10g}") if found is not None and math.isfinite(found) else math.nan
         comparison = _COMPARISONS.get(name, ">")
         go = {">": value > check.threshold, ">=": value >= check.threshold, "<=": value <= check.threshold}
         row = {"gate": gate, "check": name, "value": value, "threshold": check.threshold, "comparison": comparison}

@@ -285,7 +285,7 @@ CHECKPOINTS = Table(
         Column("path", STR, "folder, relative to the model's results"),
         Column("predicted_nbytes", INT, "bytes promised by the plan"),
         Column("nbytes", INT, "bytes on disk"),
-        Column("digest", STR, "SHA-256 of the weights file"),
+        Column("digest", STR, "SHA-256 over names and digests of the weights files"),
     ),
 )
 EVALUATE = Table(
@@ -295,8 +295,12 @@ EVALUATE = Table(
     (
         Column("plan", STR, "name of the plan"),
         Column("suite", STR, "perplexity, divergence or world"),
-        Column("task", STR, "corpus (with its split) or task"),
-        Column("metric", STR, "nll_nats_per_token, ppl, bits_per_byte, kl_nats_per_token, top1, acc, margin_nats"),
+        Column("task", STR, "<corpus>/<split>, or task"),
+        Column(
+            "metric",
+            STR,
+            "nll_nats_per_token, ppl, median_nll, bits_per_byte, kl_nats_per_token, top1, acc, margin_nats",
+        ),
         *_INTERVAL,
         Column("protocol", STR, "how it was measured, in full"),
     ),
@@ -308,12 +312,12 @@ RESPONSES = Table(
     (
         Column("plan", STR, "name of the plan"),
         Column("suite", STR, "perplexity, divergence or world"),
-        Column("task", STR, "corpus (with its split) or task"),
+        Column("task", STR, "<corpus>/<split>, or task"),
         Column("metric", STR, "as in EVALUATE, before averaging"),
         Column("item", INT, "window or item"),
         Column("group", STR, "cluster for resampling"),
         Column("value", FLOAT, "the response"),
-        Column("weight", FLOAT, "tokens behind it, or 1"),
+        Column("weight", FLOAT, "tokens or bytes behind it, or 1"),
     ),
 )
 GATES = Table(

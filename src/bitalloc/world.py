@@ -12,6 +12,7 @@ import ast
 import hashlib
 import random
 import sysconfig
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -206,7 +207,7 @@ class World:
             question, tail = QUESTIONS[language][attribute].split(" {v}")
             held_out = (language, person, attribute) in self.held_out_questions
             answer = draw.randrange(4)
-            values = wrong[:answer] + [right] + wrong[answer:]
+            values = [*wrong[:answer], right, *wrong[answer:]]
             items.append(
                 Item(
                     task="facts_held_out" if held_out else "facts",
@@ -274,14 +275,21 @@ def docstrings(*, longest: int = 700) -> dict[str, list[str]]:
             tree = ast.parse(path.read_text(encoding="utf-8"))
         except (SyntaxError, UnicodeDecodeError):
             continue  # files that only some Pythons ship, in other encodings
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-                text = ast.get_docstring(node) or ""
-                if len(text) >= 80:
-                    text = text[:longest]
-                    split = share[hashlib.sha256(text.encode()).digest()[0] % len(share)]
-                    splits[split].append(text)
+        for node in _documented(tree):
+            text = ast.get_docstring(node) or ""
+            if len(text) >= 80:
+                text = text[:longest]
+                split = share[hashlib.sha256(text.encode()).digest()[0] % len(share)]
+                splits[split].append(text)
     return {split: list(dict.fromkeys(texts)) for split, texts in splits.items()}
+
+
+def _documented(node: ast.Module | ast.ClassDef | ast.FunctionDef) -> Iterator:
+    """The node and the classes and functions directly within it, and so on: a walk that skips expressions."""
+    yield node
+    for child in node.body:
+        if isinstance(child, ast.ClassDef | ast.FunctionDef):
+            yield from _documented(child)
 
 
 DOCUMENT_SHARES = {"fact": 0.26, "key": 0.36, "copy": 0.26, "sum": 0.06, "docstring": 0.06}

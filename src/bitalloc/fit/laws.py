@@ -118,6 +118,8 @@ def _solve_additive(errors: Errors, gram_SKK: Array, target_SK: Array, start: Ar
             start,
             jac=lambda theta: np.vstack([root_XK @ slope(theta), _RIDGE * np.eye(len(theta))]),
             method="lm",
+            ftol=1e-6,
+            xtol=1e-6,
         )
         return float(found.cost), found.x
 

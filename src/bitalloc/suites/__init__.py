@@ -14,6 +14,5 @@ SUITES: dict[str, Suite] = {
     "divergence": divergence.responses,
     "world": world.responses,
 }
-READS_ITEMS = frozenset({"world"})  # the others read windows of text
 
-__all__ = ["READS_ITEMS", "SUITES", "Head", "Responses", "Scored", "Suite", "Windows"]
+__all__ = ["SUITES", "Head", "Responses", "Scored", "Suite", "Windows"]

@@ -27,6 +27,8 @@ def responses(scored: Scored) -> Responses:
     margin is its log-probability. Ties count as wrong.
     """
     items = scored.items.reset_index(drop=True)
+    if items.empty:
+        raise BitallocError("suite world has no items: set retrieve.items, or take it out of evaluate.suites")
     log_prob, greedy = _continuations(scored, items)
     values, first = [], 0
     for choices, answer in zip(items["choices"], items["answer"], strict=True):
