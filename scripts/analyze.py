@@ -12,7 +12,12 @@ from bitalloc.tables import EVALUATE, GATES, GOODHART, ITEMS, PLANS, RESPONSES
 def main(*, model: str, inputs: dict[str, Path], settings: Analyze, seed: int, table: Path, figure: Path) -> None:
     plans, evaluate, gates = PLANS.read(inputs["plans"]), EVALUATE.read(inputs["evaluate"]), GATES.read(inputs["gates"])
     goodhart = analyze(
-        plans, evaluate, RESPONSES.read(inputs["responses"]), ITEMS.read(inputs["items_table"]), settings=settings, seed=seed
+        plans,
+        evaluate,
+        RESPONSES.read(inputs["responses"]),
+        ITEMS.read(inputs["items_table"]),
+        settings=settings,
+        seed=seed,
     )
     GOODHART.write(goodhart, table, verdicts=gates.astype(object).where(gates.notna(), None).to_dict("records"))
     sentence = summary(goodhart, evaluate, plans)[0]

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pandas as pd
-from bitalloc.gates import read_verdict
 
+from bitalloc.gates import read_verdict
 from bitalloc.script import stage
 from bitalloc.tables import GATES
 

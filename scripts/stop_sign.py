@@ -4,8 +4,8 @@ import sys
 from pathlib import Path
 
 import pandas as pd
-from bitalloc.gates import message, read_verdict
 
+from bitalloc.gates import message, read_verdict
 from bitalloc.script import stage
 
 

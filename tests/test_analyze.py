@@ -7,7 +7,9 @@ from scipy.stats import binomtest, spearmanr
 
 from bitalloc import tables
 from bitalloc.analyze import analyze, summary
-from bitalloc.analyze.statistics import (
+from bitalloc.config import Analyze
+from bitalloc.errors import BitallocError
+from bitalloc.statistics import (
     cross_fitted_regret,
     fisher_interval,
     holm,
@@ -17,8 +19,6 @@ from bitalloc.analyze.statistics import (
     spearman,
     split_items,
 )
-from bitalloc.config import Analyze
-from bitalloc.errors import BitallocError
 from tests.simulated import simulate
 
 FAST = Analyze(resamples=200, folds=10)

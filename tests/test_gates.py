@@ -314,7 +314,6 @@ def test_downstream_skips_tasks_at_the_floor_and_has_nothing_to_say_without_task
     assert none.empty
     found = verdict("downstream", none, tmp_path)
     assert (found["go"], found["checks"]) == (True, [])
-    assert gates.stamp([]) == ""
     assert not verdict("sweep", none, tmp_path)["go"]
 
 
@@ -345,7 +344,6 @@ def test_warn_never_stops_whether_for_all_or_for_one_check(tmp_path):
         assert not frame.set_index("check").loc["error_range", "go"]
         assert verdict("sweep", frame, tmp_path)["go"]
         assert gates.message(frame) == ""
-        assert "sweep WARN error_range 1 <= 10" in gates.stamp(frame.to_dict("records"))
     assert frame.set_index("check").loc["error_range", "why"] == "tiny"
     # a fallback keeps choosing the route under gates.mode: warn
     fit = gates.gate_fit(law=law_frame(pooled_r2_log=0.1), gates=WARN, form="multiplicative")
@@ -363,25 +361,6 @@ def test_the_message_says_criterion_value_threshold_evidence_and_remedy():
     assert "could not be measured" in gates.message(sweep_gate(coefficients=()))
 
 
-def test_the_stamp_is_one_short_line_after_a_round_trip(tmp_path):
-    pilot = pilot_gate(
-        {"reference": 1.0, "uniform": 1.2, "manual": 1.1, "optimal": 1.176},
-        criteria=only(optimal_recovery={"threshold": 0.25, "mode": "warn", "why": "measured .12"}),
-    )
-    fit = gates.gate_fit(law=law_frame(pooled_r2_rank=0.1), gates=STOP, form="multiplicative")
-    empty = gates.gate_compress(checkpoints=pd.DataFrame(columns=["predicted_nbytes", "nbytes"]), gates=STOP)
-    rows = []
-    for gate, frame in (("sweep", sweep_gate()), ("fit", fit), ("pilot", pilot), ("compress", empty)):
-        rows += verdict(gate, frame, tmp_path)["checks"]
-    assert gates.stamp(rows) == (
-        "gates: sweep GO, fit GO (fallback: interpolation), pilot WARN optimal_recovery 0.12 < 0.25, "
-        "compress NO-GO predicted_bytes missing"
-    )
-    tables.GATES.write(pd.DataFrame(rows), tmp_path / "gates.parquet", verdicts=rows)
-    assert gates.stamp(tables.verdicts(tmp_path / "gates.parquet")) == gates.stamp(rows)
-    assert gates.stamp(tables.GATES.read(tmp_path / "gates.parquet").to_dict("records")) == gates.stamp(rows)
-
-
 def test_a_verdict_file_that_is_none_is_refused(tmp_path):
     path = tmp_path / "fit.json"
     for text in (None, "", "{", "[]", '{"go": true}', json.dumps({"gate": "g", "go": 1, "route": "r", "checks": []})):
@@ -393,7 +372,7 @@ def test_a_verdict_file_that_is_none_is_refused(tmp_path):
 
 def test_reading_a_verdict_needs_the_standard_library_alone():
     script = (
-        "import sys; from bitalloc.gates import read_verdict, stamp, message; "
+        "import sys; from bitalloc.gates import read_verdict, message; "
         "heavy = {'pandas', 'numpy', 'pyarrow', 'pydantic', 'torch'}; "
         "print(sorted(heavy & {name.split('.')[0] for name in sys.modules}))"
     )

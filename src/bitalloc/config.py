@@ -145,7 +145,7 @@ class Checks(Section):
     completeness: Check = _check(1.0, "share of the planned experiments that have a finite error, at least")
     sensitivity_spread: Check = _check(3.0, "largest over smallest coefficient, more than")
     error_range: Check = _check(10.0, "largest over smallest rel_error of the median matrix, more than")
-    layer_spread: Check = _check(1.5, "largest over smallest mean rel_error of a block at the probe option, more than")
+    layer_spread: Check = _check(1.5, "largest over smallest rel_error of a matrix at the probe option, more than")
     r2: Check = _check(0.7, "R^2 of log error, in sample, more than", mode="fallback")
     r2_leave_one_out: Check = _check(0.9, "R^2 of log error, each option left out in turn, more than", mode="fallback")
     r2_rank: Check = _check(0.5, "R^2 of the effect of rank, log E(b,r) - log E(b,0), more than", mode="fallback")

@@ -2,7 +2,7 @@
 
 A check's mode says what a NO-GO does: `stop` halts the branch, `warn` only stamps what follows, `fallback` goes
 on by another route. Evidence that is missing or not a number is a NO-GO. The verdict of a gate is a small JSON
-file, so that whoever routes on it (`read_verdict`, `message`, `stamp`) needs nothing but the standard library:
+file, so that whoever routes on it (`read_verdict`, `message`) needs nothing but the standard library:
 pandas is imported where frames are read.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,8 +39,8 @@ def gate_sweep(
 
     completeness = experiments with a finite error / `expected`; sensitivity_spread = largest / smallest positive
     coefficient of the signal in use; error_range = median over matrices of largest / smallest rel_error, quantised
-    options only; layer_spread = largest / smallest mean rel_error of a block at the probe option (`probe_bits`,
-    rank 0, over all quantisers and group sizes).
+    options only; layer_spread = largest / smallest rel_error of a matrix at the probe option (`probe_bits`, rank 0,
+    mean over quantisers and group sizes).
     """
     coefficient = sensitivity.loc[sensitivity["signal"] == settings.signal, "coefficient"]
     quantised = sweep[sweep["bits"] < 16]
@@ -55,7 +55,7 @@ def gate_sweep(
         completeness=(finite / expected if expected else None, "sweep.parquet"),
         sensitivity_spread=(_spread(coefficient[coefficient > 0]) if sound else None, "sensitivity.parquet"),
         error_range=((by_matrix.max() / by_matrix.min()).median(), "sweep.parquet"),
-        layer_spread=(_spread(probe.groupby("block")["rel_error"].mean()), "sweep.parquet"),
+        layer_spread=(_spread(probe.groupby("layer")["rel_error"].mean()), "sweep.parquet"),
     )
 
 
@@ -239,26 +239,6 @@ def message(frame: pd.DataFrame) -> str:
                 f"gates.checks.{name}.mode: warn with the reason in gates.checks.{name}.why, or gates.mode: warn"
             )
     return "\n".join(lines)
-
-
-def stamp(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Verdicts in one short line, for figures and tables. `rows` are rows of GATES.
-
-    >>> row = {"gate": "pilot", "check": "manual_gain", "value": 0.012, "threshold": 0.02, "comparison": ">"}
-    >>> stamp([row | {"go": False, "mode": "warn"}, row | {"gate": "sweep", "go": True, "mode": "stop"}])
-    'gates: pilot WARN manual_gain 0.012 <= 0.02, sweep GO'
-    """
-    gates: dict[str, list[Mapping[str, Any]]] = {}
-    for row in map(_plain, rows):
-        gates.setdefault(row["gate"], []).append(row)
-    parts = []
-    for gate, checks in gates.items():
-        failed = [row for row in checks if not row["go"] and row["mode"] != "fallback"]
-        word = "NO-GO" if any(map(_stops, failed)) else "WARN" if failed else "GO"
-        fell_back = any(not row["go"] for row in checks if row["mode"] == "fallback")
-        route = f" (fallback: {ROUTES.get(gate, ('', 'other'))[1]})" if fell_back else ""
-        parts.append(" ".join([gate, word, *(f"{row['check']} {_standing(row)}" for row in failed)]) + route)
-    return "gates: " + ", ".join(parts) if parts else ""
 
 
 def _stops(row: Mapping[str, Any]) -> bool:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from bitalloc.config import Sweep
+if TYPE_CHECKING:  # what is stored does not depend on how the configuration is written
+    from bitalloc.config import Sweep
 
 PASS_THROUGH = "none"
 
@@ -66,6 +67,7 @@ class Option:
 def options(sweep: Sweep) -> list[Option]:
     """The options of the configuration, in order: quantizer, group size, bits, rank; 16 bits come once, last.
 
+    >>> from bitalloc.config import Sweep
     >>> [option.name for option in options(Sweep(bits=[2, 16], group_sizes=[64], ranks=[0, 4]))]
     ['gptq-2b-g64-r0', 'gptq-2b-g64-r4', 'none-16b-g0-r0']
     """

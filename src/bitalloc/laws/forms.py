@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.optimize import least_squares
 
-from bitalloc.fit.data import Array, Errors, patterns
+from bitalloc.laws.data import Array, Errors, patterns
 
 DECAY = {"additive": "delta", "multiplicative": "delta", "exponential": "kappa"}  # form -> its decay with rank
 _LN2 = float(np.log(2))

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from bitalloc.fit.data import Array, Errors
+from bitalloc.laws.data import Array, Errors
 
 Compared = Mapping[str, tuple[Array, Array]]  # goodness -> (truth, guess)
 

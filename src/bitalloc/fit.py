@@ -28,11 +28,11 @@ import pandas as pd
 from bitalloc import tables
 from bitalloc.config import Fit, Sweep
 from bitalloc.errors import BitallocError, nearest
-from bitalloc.fit.data import Array, Errors, read_errors, scopes, weights
-from bitalloc.fit.goodness import goodness, goodness_by_layer, law_row
-from bitalloc.fit.laws import DECAY, fit_law, gamma, left_out, told
-from bitalloc.fit.offers import extra_rows
-from bitalloc.fit.surface import INTERPOLATION, interpolated
+from bitalloc.laws.data import Array, Errors, read_errors, scopes, weights
+from bitalloc.laws.forms import DECAY, fit_law, gamma, left_out, told
+from bitalloc.laws.goodness import goodness, goodness_by_layer, law_row
+from bitalloc.laws.offers import extra_rows
+from bitalloc.laws.surface import INTERPOLATION, interpolated
 
 FORMS = (*DECAY, INTERPOLATION)
 

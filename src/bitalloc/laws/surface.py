@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.interpolate import PchipInterpolator
 
-from bitalloc.fit.data import Array, Errors, patterns
+from bitalloc.laws.data import Array, Errors, patterns
 
 INTERPOLATION = "interpolation"
 

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from bitalloc.config import Sweep
 from bitalloc.errors import BitallocError
-from bitalloc.fit.data import MATRIX, OPTION, Array, Errors, patterns, read_errors
-from bitalloc.fit.laws import DECAY, rank_shape
-from bitalloc.fit.surface import INTERPOLATION, along, between, monotone
+from bitalloc.laws.data import MATRIX, OPTION, Array, Errors, patterns, read_errors
+from bitalloc.laws.forms import DECAY, rank_shape
+from bitalloc.laws.surface import INTERPOLATION, along, between, monotone
 from bitalloc.option import from_row
 
 
