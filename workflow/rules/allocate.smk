@@ -12,6 +12,8 @@ rule allocate:
         folder=directory("results/{model}/candidates"),
     log:
         "logs/{model}/allocate.log",
+    conda:
+        "../../envs/bitalloc.yaml"
     params:
         settings=section("allocate", "sensitivity", "sweep", "seed"),
         code=code("allocate"),
@@ -29,6 +31,8 @@ rule allocate_best:
         folder=directory("results/{model}/plans"),
     log:
         "logs/{model}/allocate_best.log",
+    conda:
+        "../../envs/bitalloc.yaml"
     params:
         code=code("allocate"),
     script:

@@ -13,6 +13,8 @@ rule analyze:
         figure=report("results/{model}/goodhart.png", caption="../report/goodhart.rst", category="{model}"),
     log:
         "logs/{model}/analyze.log",
+    conda:
+        "../../envs/bitalloc.yaml"
     params:
         settings=section("analyze", "seed"),
         code=code("analyze", "figures"),

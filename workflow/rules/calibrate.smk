@@ -10,6 +10,8 @@ rule calibrate:
         "results/{model}/moments.parquet",
     log:
         "logs/{model}/calibrate.log",
+    conda:
+        "../../envs/bitalloc.yaml"
     threads: threads
     resources:
         gpu=gpu,

@@ -5,9 +5,13 @@ import functools
 from snakemake.exceptions import WorkflowError
 
 from bitalloc import config as configuration
+from bitalloc.allocate import budget_slug
 from bitalloc.errors import BitallocError
 from bitalloc.families import family
+from bitalloc.gates import read_verdict
+from bitalloc.option import options
 from bitalloc.provenance import source_digest
+from bitalloc.sweep import units
 
 PRODUCTS = ["goodhart.png", "report.md", "sensitivity.png", "errors.png", "law.png"]
 
@@ -59,8 +63,67 @@ def code(*modules):
 
 
 def threads(wildcards):
+    """Threads of a job that runs alone."""
     return settings(wildcards.model).threads
+
+
+def threads_shared(wildcards):
+    """Threads of one of several jobs that run side by side."""
+    return max(1, settings(wildcards.model).threads // settings(wildcards.model).evaluate.jobs)
 
 
 def gpu(wildcards):
     return int(settings(wildcards.model).device != "cpu")
+
+
+# ---- what a model's configuration asks for
+def expected_experiments(model):
+    """Experiments of a complete sweep."""
+    roles = family(CONFIG.model(model).family).roles
+    return CONFIG.model(model).blocks * len(roles) * len(options(settings(model).sweep))
+
+
+@checked
+def sweep_units(wildcards):
+    """Tables of all units of the sweep."""
+    model = CONFIG.model(wildcards.model)
+    names = units(family(model.family), model.blocks, settings(wildcards.model).sweep)
+    return expand("results/{model}/sweep/{unit}.parquet", model=wildcards.model, unit=names)
+
+
+@checked
+def compressed_plans(wildcards):
+    """Names of the plans that become checkpoints."""
+    allocation, compress = settings(wildcards.model).allocate, settings(wildcards.model).compress
+    return [f"{strategy}-{budget_slug(budget)}" for strategy in compress.plans for budget in allocation.budgets]
+
+
+def evaluate_parts(pattern):
+    """Input function: the pattern for every part of the evaluation."""
+    return lambda wildcards: expand(pattern, model=wildcards.model, part=range(settings(wildcards.model).evaluate.jobs))
+
+
+# ---- routing on the verdicts of gates
+def gated(gate, then):
+    """Input function: what `then` gives when `gate` says GO, its stop sign otherwise."""
+
+    def inputs(wildcards):
+        verdict = read_verdict(getattr(checkpoints, f"gate_{gate}").get(model=wildcards.model).output[0])
+        return then(wildcards) if verdict["go"] else f"results/{wildcards.model}/gates/{gate}.NOGO"
+
+    return inputs
+
+
+def routed(gate, pattern):
+    """Input function: the file of the branch that a gate with a fallback has chosen."""
+
+    def inputs(wildcards):
+        verdict = read_verdict(getattr(checkpoints, f"gate_{gate}").get(model=wildcards.model).output[0])
+        return pattern.format(model=wildcards.model, route=verdict["route"])
+
+    return gated(gate, inputs)
+
+
+def passed(gate):
+    """Input function: the verdict itself, once it says GO."""
+    return gated(gate, lambda wildcards: f"results/{wildcards.model}/gates/{gate}.json")

@@ -1,13 +1,5 @@
 """Plans made real: packed checkpoints of the promised size."""
 
-from bitalloc.allocate import budget_slug
-
-
-@checked
-def compressed_plans(wildcards):
-    allocation, compress = settings(wildcards.model).allocate, settings(wildcards.model).compress
-    return [f"{strategy}-{budget_slug(budget)}" for strategy in compress.plans for budget in allocation.budgets]
-
 
 rule compress:
     input:
@@ -22,7 +14,9 @@ rule compress:
         table="results/{model}/models/{plan}.parquet",
     log:
         "logs/{model}/compress/{plan}.log",
-    threads: threads
+    conda:
+        "../../envs/bitalloc.yaml"
+    threads: threads_shared
     resources:
         gpu=gpu,
     params:
@@ -41,6 +35,8 @@ rule compress_merge:
         "results/{model}/checkpoints.parquet",
     log:
         "logs/{model}/compress_merge.log",
+    conda:
+        "../../envs/bitalloc.yaml"
     params:
         code=code("tables"),
     script:

@@ -15,6 +15,8 @@ rule evaluate_select:
         "results/{model}/select.parquet",
     log:
         "logs/{model}/evaluate_select.log",
+    conda:
+        "../../envs/bitalloc.yaml"
     threads: threads
     resources:
         gpu=gpu,
@@ -42,7 +44,9 @@ rule evaluate:
         responses="results/{model}/evaluate/{part}.responses.parquet",
     log:
         "logs/{model}/evaluate/{part}.log",
-    threads: threads
+    conda:
+        "../../envs/bitalloc.yaml"
+    threads: threads_shared
     resources:
         gpu=gpu,
     params:
@@ -50,10 +54,6 @@ rule evaluate:
         code=code("evaluate"),
     script:
         "../../scripts/evaluate.py"
-
-
-def evaluate_parts(pattern):
-    return lambda wildcards: expand(pattern, model=wildcards.model, part=range(settings(wildcards.model).evaluate.jobs))
 
 
 rule evaluate_merge:
@@ -65,6 +65,8 @@ rule evaluate_merge:
         responses="results/{model}/responses.parquet",
     log:
         "logs/{model}/evaluate_merge.log",
+    conda:
+        "../../envs/bitalloc.yaml"
     params:
         code=code("tables"),
     script:

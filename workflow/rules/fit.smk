@@ -13,6 +13,8 @@ rule fit:
         residuals="results/{model}/residuals.parquet",
     log:
         "logs/{model}/fit.log",
+    conda:
+        "../../envs/bitalloc.yaml"
     params:
         settings=section("fit", "sweep", "seed"),
         code=code("fit"),

@@ -1,32 +1,5 @@
 """GO/NO-GO: a checkpoint records a verdict, an input function routes on it, a NO-GO leads to a stop sign."""
 
-from bitalloc.gates import read_verdict
-
-
-def gated(gate, then):
-    """Input function: what `then` gives when `gate` says GO, its stop sign otherwise."""
-
-    def inputs(wildcards):
-        verdict = read_verdict(getattr(checkpoints, f"gate_{gate}").get(model=wildcards.model).output[0])
-        return then(wildcards) if verdict["go"] else f"results/{wildcards.model}/gates/{gate}.NOGO"
-
-    return inputs
-
-
-def routed(gate, pattern):
-    """Input function: the file of the branch that a gate with a fallback has chosen."""
-
-    def inputs(wildcards):
-        verdict = read_verdict(getattr(checkpoints, f"gate_{gate}").get(model=wildcards.model).output[0])
-        return pattern.format(model=wildcards.model, route=verdict["route"])
-
-    return gated(gate, inputs)
-
-
-def passed(gate):
-    """Input function: the verdict itself, once it says GO."""
-    return gated(gate, lambda wildcards: f"results/{wildcards.model}/gates/{gate}.json")
-
 
 checkpoint gate_sweep:
     input:
@@ -36,6 +9,8 @@ checkpoint gate_sweep:
         "results/{model}/gates/sweep.json",
     log:
         "logs/{model}/gate_sweep.log",
+    conda:
+        "../../envs/bitalloc.yaml"
     params:
         gate="sweep",
         settings=section("gates", "sensitivity"),
@@ -52,6 +27,8 @@ checkpoint gate_fit:
         "results/{model}/gates/fit.json",
     log:
         "logs/{model}/gate_fit.log",
+    conda:
+        "../../envs/bitalloc.yaml"
     params:
         gate="fit",
         settings=section("gates", "fit"),
@@ -67,6 +44,8 @@ checkpoint gate_allocate:
         "results/{model}/gates/allocate.json",
     log:
         "logs/{model}/gate_allocate.log",
+    conda:
+        "../../envs/bitalloc.yaml"
     params:
         gate="allocate",
         settings=section("gates"),
@@ -83,6 +62,8 @@ checkpoint gate_pilot:
         "results/{model}/gates/pilot.json",
     log:
         "logs/{model}/gate_pilot.log",
+    conda:
+        "../../envs/bitalloc.yaml"
     params:
         gate="pilot",
         settings=section("gates"),
@@ -98,6 +79,8 @@ checkpoint gate_compress:
         "results/{model}/gates/compress.json",
     log:
         "logs/{model}/gate_compress.log",
+    conda:
+        "../../envs/bitalloc.yaml"
     params:
         gate="compress",
         settings=section("gates"),
@@ -115,6 +98,8 @@ checkpoint gate_downstream:
         "results/{model}/gates/downstream.json",
     log:
         "logs/{model}/gate_downstream.log",
+    conda:
+        "../../envs/bitalloc.yaml"
     params:
         gate="downstream",
         settings=section("gates"),
@@ -132,6 +117,8 @@ rule gates:
         "results/{model}/gates.parquet",
     log:
         "logs/{model}/gates.log",
+    conda:
+        "../../envs/bitalloc.yaml"
     params:
         code=code("gates", "tables"),
     script:
@@ -145,5 +132,7 @@ rule stop_sign:
         "results/{model}/gates/{gate}.NOGO",
     log:
         "logs/{model}/stop_{gate}.log",
+    conda:
+        "../../envs/bitalloc.yaml"
     script:
         "../../scripts/stop_sign.py"

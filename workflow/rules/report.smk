@@ -15,6 +15,8 @@ rule report:
         report("results/{model}/report.md", caption="../report/report.rst", category="{model}"),
     log:
         "logs/{model}/report.log",
+    conda:
+        "../../envs/bitalloc.yaml"
     params:
         code=code("report"),
     script:
@@ -34,6 +36,8 @@ rule report_figures:
         law=report("results/{model}/law.png", caption="../report/law.rst", category="{model}"),
     log:
         "logs/{model}/report_figures.log",
+    conda:
+        "../../envs/bitalloc.yaml"
     params:
         settings=section("fit", "sensitivity"),
         code=code("figures"),

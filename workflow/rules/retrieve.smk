@@ -9,6 +9,8 @@ rule retrieve_model:
         inventory="results/{model}/inventory.parquet",
     log:
         "logs/{model}/retrieve_model.log",
+    conda:
+        "../../envs/bitalloc.yaml"
     params:
         sheet=sheet,
         code=code("retrieve"),
@@ -24,6 +26,8 @@ rule retrieve_corpora:
         items_table="results/{model}/items.parquet",
     log:
         "logs/{model}/retrieve_corpora.log",
+    conda:
+        "../../envs/bitalloc.yaml"
     params:
         settings=section("retrieve", "corpora", "seed"),
         code=code("retrieve", "corpus"),
@@ -36,6 +40,8 @@ rule train_tiny:
         "resources/tiny/model.safetensors",
     log:
         "logs/tiny/train.log",
+    conda:
+        "../../envs/bitalloc.yaml"
     threads: 2
     script:
         "../../scripts/train_tiny.py"

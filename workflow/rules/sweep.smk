@@ -1,20 +1,5 @@
 """The error of every matrix at every option, and what an error costs in KL."""
 
-from bitalloc.option import options
-from bitalloc.sweep import units
-
-
-def expected_experiments(model):
-    roles = family(CONFIG.model(model).family).roles
-    return CONFIG.model(model).blocks * len(roles) * len(options(settings(model).sweep))
-
-
-@checked
-def sweep_units(wildcards):
-    model = CONFIG.model(wildcards.model)
-    names = units(family(model.family), model.blocks, settings(wildcards.model).sweep)
-    return expand("results/{model}/sweep/{unit}.parquet", model=wildcards.model, unit=names)
-
 
 rule sweep:
     input:
@@ -25,7 +10,9 @@ rule sweep:
         "results/{model}/sweep/{unit}.parquet",
     log:
         "logs/{model}/sweep/{unit}.log",
-    threads: threads
+    conda:
+        "../../envs/bitalloc.yaml"
+    threads: threads_shared
     resources:
         gpu=gpu,
     params:
@@ -43,6 +30,8 @@ rule sweep_assemble:
         "results/{model}/sweep.parquet",
     log:
         "logs/{model}/sweep_assemble.log",
+    conda:
+        "../../envs/bitalloc.yaml"
     params:
         family=lambda wildcards: CONFIG.model(wildcards.model).family,
         settings=section("sweep"),
@@ -62,6 +51,8 @@ rule sweep_sensitivity:
         "results/{model}/sensitivity.parquet",
     log:
         "logs/{model}/sweep_sensitivity.log",
+    conda:
+        "../../envs/bitalloc.yaml"
     threads: threads
     resources:
         gpu=gpu,
