@@ -13,10 +13,10 @@ SUITES = ("perplexity", "divergence")
 
 def main(*, inputs: dict[str, Path], settings: Config, path_to_scores: Path) -> None:
     plans = PLANS.read(inputs["plans"])
-    named = plans.loc[plans["strategy"] != "random", "plan"]
+    competing = plans["strategy"].str.match(r"(optimal(_\d+)?|uniform|manual)$")
     experiments = open_experiments(inputs["checkpoint"], inputs["inventory"], inputs["moments"], settings)
     scores, _ = evaluate(
-        plans={name: PLAN.read(inputs["folder"] / f"{name}.parquet") for name in named},
+        plans={name: PLAN.read(inputs["folder"] / f"{name}.parquet") for name in plans.loc[competing, "plan"]},
         path=experiments.checkpoint.path,
         inventory=INVENTORY.read(inputs["inventory"]),
         experiments=experiments,
