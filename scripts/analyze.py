@@ -20,7 +20,7 @@ def main(*, model: str, inputs: dict[str, Path], settings: Analyze, seed: int, t
         seed=seed,
     )
     GOODHART.write(goodhart, table, verdicts=gates.astype(object).where(gates.notna(), None).to_dict("records"))
-    sentence = summary(goodhart, evaluate, plans)[0]
+    sentence = summary(goodhart, evaluate, plans, gates)[0]
     figures.goodhart(plans, evaluate, goodhart, sentence, figure, figures.stamp(gates), model=model)
 
 

@@ -11,7 +11,7 @@ from bitalloc.tables import TABLES
 
 def main(*, model: str, inputs: dict[str, Path], figures: list[str], path_to_report: Path) -> None:
     read = {name: TABLES[name].read(path) for name, path in inputs.items()}
-    sentences = summary(read["goodhart"], read["evaluate"], read["plans"])
+    sentences = summary(read["goodhart"], read["evaluate"], read["plans"], read["gates"])
     write_atomically(path_to_report, markdown(model, **read, sentences=sentences, figures=figures).encode())
 
 

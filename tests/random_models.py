@@ -17,7 +17,8 @@ from transformers import (
 )
 
 VOCABULARY, CONTEXT, BLOCKS = 96, 64, 3
-_BODY = {"vocab_size": VOCABULARY, "hidden_size": 32, "max_position_embeddings": CONTEXT, "num_hidden_layers": BLOCKS}
+_TOKENS = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
+_BODY = {**_TOKENS, "hidden_size": 32, "max_position_embeddings": CONTEXT, "num_hidden_layers": BLOCKS}
 _HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
 CONFIGS: dict[str, PreTrainedConfig] = {
     "qwen2": Qwen2Config(
@@ -31,7 +32,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     ),
     "llama": LlamaConfig(**_BODY, **_HEADS),
     "mistral": MistralConfig(**_BODY, **_HEADS, sliding_window=8),
-    "gpt2": GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_positions=CONTEXT, n_layer=BLOCKS, n_head=4),
+    "gpt2": GPT2Config(**_TOKENS, n_embd=32, n_positions=CONTEXT, n_layer=BLOCKS, n_head=4),
     "opt": OPTConfig(**_BODY, num_attention_heads=4, ffn_dim=48, word_embed_proj_dim=24),
     "phi": PhiConfig(**_BODY, num_attention_heads=4, intermediate_size=48, partial_rotary_factor=0.5),
 }

@@ -223,3 +223,11 @@ def test_fisher_interval_holds_the_estimate_and_stays_inside():
     lo, hi = fisher_interval(-0.9, rho_R)
     assert -1 < lo < -0.9 < hi < 0
     assert np.isnan(fisher_interval(np.nan, rho_R)).all()
+
+
+def test_a_fallback_to_uniform_is_the_message(results):
+    frame = analyze(results.plans, results.evaluate, results.responses, results.items, settings=FAST, seed=0)
+    row = {"check": "objective_gap", "mode": "fallback", "go": False, "value": 0.001, "threshold": 0.005}
+    said = summary(frame, results.evaluate, results.plans, pd.DataFrame([row]))
+    assert said[0].startswith("Uniform is near-optimal") and "0.1%" in said[0]
+    assert said[1:] == summary(frame, results.evaluate, results.plans, pd.DataFrame([row | {"go": True}]))

@@ -19,9 +19,7 @@ def test_a_change_deep_below_a_module_changes_its_digest(tmp_path):
     shutil.copytree(Path(bitalloc.__file__).parent, tmp_path / "bitalloc", ignore=shutil.ignore_patterns("__pycache__"))
     # sweep imports families; option imports the configuration, hence families, for type checkers only
     before = {name: digest_in(tmp_path, name) for name in ("bitalloc.sweep", "bitalloc.option")}
-    with (tmp_path / "bitalloc/families.py").open(
-        "a"
-    ) as file:
+    with (tmp_path / "bitalloc/families.py").open("a") as file:
         file.write("\n# changed\n")
     after = {name: digest_in(tmp_path, name) for name in before}
     assert after["bitalloc.sweep"] != before["bitalloc.sweep"]

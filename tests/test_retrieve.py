@@ -16,12 +16,19 @@ from bitalloc.errors import BitallocError
 from bitalloc.families import FAMILIES
 from tests.random_models import BLOCKS, save
 
-ROOT = Path(__file__).parents[1]
-TINY = ROOT / "resources" / "tiny"
+TINY = Path(__file__).parents[1] / "resources" / "tiny"
 
 
-def sheet() -> config.Config:
-    return config.load(ROOT / "config" / "models.yaml")
+BOTH = ["world", "docstrings"]
+SETTINGS = config.parse(
+    {
+        "retrieve": {
+            "calibrate": BOTH, "select": BOTH, "report": BOTH, "window": 256, "calibrate_windows": 64,
+            "select_windows": 24, "report_windows": 24,
+            "items": {"facts": 384, "sums": 50, "keys": 300, "passkey": 300},
+        }
+    }
+)  # fmt: skip
 
 
 # ---- resolve -----------------------------------------------------------------------------------------
@@ -134,8 +141,7 @@ def test_inventory_of_tiny_is_golden() -> None:
 
 # ---- items and tokens --------------------------------------------------------------------------------
 def test_items_of_tiny(tmp_path: Path) -> None:
-    settings = sheet().for_model("tiny")
-    table = retrieve.items(settings, TINY)
+    table = retrieve.items(SETTINGS, TINY)
     tables.ITEMS.write(table, tmp_path / "items.parquet")
     assert table.groupby("task").size().to_dict() == {
         "facts": 285, "facts_held_out": 99, "keys": 300, "passkey": 300, "sums": 50,
@@ -149,7 +155,7 @@ def test_items_of_tiny(tmp_path: Path) -> None:
         # the split between prompt and choice is one that the tokenizer makes itself
         right = row.choices[row.answer]
         assert tokenizer.encode(tokenizer.decode(row.prompt[1:] + right)).ids == row.prompt[1:] + right
-    assert retrieve.items(settings, TINY).equals(table)
+    assert retrieve.items(SETTINGS, TINY).equals(table)
     assert set(table.loc[table["task"] == "facts", "group"]) == {"en", "he", "ar", "zh"}
 
 
@@ -169,7 +175,6 @@ def test_bad_items_are_one_line(tmp_path: Path) -> None:
 
 
 def test_tokens_are_those_of_the_configuration(tmp_path: Path) -> None:
-    settings = sheet().for_model("tiny")
-    table = retrieve.tokens(settings, TINY)
+    table = retrieve.tokens(SETTINGS, TINY)
     tables.TOKENS.write(table, tmp_path / "tokens.parquet")
     assert table.groupby("split").size().to_dict() == {"calibrate": 64, "select": 48, "report": 48}

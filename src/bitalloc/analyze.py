@@ -295,8 +295,28 @@ def _ends(values_R: np.ndarray) -> tuple[float, float]:
 
 
 # ---- the table in plain sentences --------------------------------------------------------------
-def summary(goodhart: pd.DataFrame, evaluate: pd.DataFrame, plans: pd.DataFrame) -> list[str]:
-    """Two to four plain sentences from the cells of GOODHART, the message first; no claim beyond an interval."""
+def summary(
+    goodhart: pd.DataFrame, evaluate: pd.DataFrame, plans: pd.DataFrame, gates: pd.DataFrame | None = None
+) -> list[str]:
+    """Two to five plain sentences from the cells of GOODHART, the message first; no claim beyond an interval.
+
+    Where GATES says that nothing was to be gained over uniform, that is the message.
+    """
+    return [*_near_uniform(gates), *_findings(goodhart, evaluate, plans)]
+
+
+def _near_uniform(gates: pd.DataFrame | None) -> list[str]:
+    if gates is None:
+        return []
+    rows = gates[(gates["check"] == "objective_gap") & (gates["mode"] == "fallback") & ~gates["go"].astype(bool)]
+    return [
+        f"Uniform is near-optimal: the optimal plan lowers the predicted KL by {row.value:.1%} at most "
+        f"(criterion {row.threshold:.1%}), so the random pool was not evaluated."
+        for row in rows.itertuples()
+    ]
+
+
+def _findings(goodhart: pd.DataFrame, evaluate: pd.DataFrame, plans: pd.DataFrame) -> list[str]:
     word = "accuracy" if (evaluate["metric"] == ACC).any() else "top-1 agreement"
     proxy = next((name for name in goodhart["proxy"] if name.startswith("nll:")), "")
     rows = goodhart[(goodhart["analysis"] == "correlation") & (goodhart["proxy"] == proxy)]

@@ -217,7 +217,10 @@ CORPORA = {
 class Config(Section):
     seed: int = Field(0, description="of everything that is drawn")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: the GPU when there is one")
-    threads: Positive = Field(4, description="CPU threads of a job that runs alone; jobs side by side share them. Bytes repeat only for equal threads")
+    threads: Positive = Field(
+        4,
+        description="CPU threads of a job that runs alone, shared by jobs side by side; bytes repeat for equal threads",
+    )
     store: str = Field("results/store", description="content-addressed shards, shared by models and runs")
     corpora: dict[str, Corpus] = Field(CORPORA, description="where texts come from")
     retrieve: Retrieve = Field(default_factory=Retrieve)

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[2]
-PARTS = ("Snakefile", "workflow", "scripts", "config", "resources", "profiles")
+PARTS = ("Snakefile", "workflow", "scripts", "config", "resources", "profiles", "envs")
 TARGETS = ("results/tiny/goodhart.png", "results/tiny/report.md")
 
 # the same chain with few options, windows and plans; every gate check warns that such a small run may fail
@@ -26,9 +26,9 @@ SMALL = {
     "sweep": {"bits": [2, 3, 4], "group_sizes": [64], "ranks": [0, 2, 4]},
     "sensitivity": {"signals": ["kl"], "windows": 4},
     "fit": {"resamples": 20, "extra_ranks": []},
-    "allocate": {"budgets": ["2.6bpw", "3.3bpw"], "pool": 3, "runners_up": 1},
+    "allocate": {"budgets": ["2.55bpw"], "pool": 3, "runners_up": 1},
     "compress": {"plans": ["best"]},
-    "evaluate": {"resamples": 100},
+    "evaluate": {"resamples": 100, "jobs": 1},
     "analyze": {"resamples": 100, "folds": 4},
     "gates": {"mode": "warn"},
 }
@@ -64,14 +64,15 @@ class Project:
         output, _ = process.communicate(timeout=600)
         return process.returncode, output
 
-    def kill_once(self, condition, *arguments: str) -> None:
-        """Start a run and kill -9 snakemake and all its jobs as soon as `condition()` holds."""
+    def kill_once(self, condition, *arguments: str, by: int = signal.SIGKILL) -> None:
+        """Start a run and send `by` to snakemake and all its jobs as soon as `condition()` holds."""
         process = self.start(*arguments)
         while not condition():
             assert process.poll() is None, process.communicate()[0]
             time.sleep(0.01)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        os.killpg(process.pid, by)
+        process.communicate(timeout=120)
+        assert process.returncode != 0
 
     def tables(self) -> dict[str, Path]:
         results = self.folder / "results/tiny"

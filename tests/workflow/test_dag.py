@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 
 import pandas as pd
 import pytest
@@ -20,7 +21,7 @@ def without_times(path) -> pd.DataFrame:
 def test_every_product_is_there_and_every_table_is_of_its_schema(finished):
     results = finished.folder / "results/tiny"
     assert (results / "goodhart.png").stat().st_size > 20_000
-    assert "best-2.6bpw" in (results / "report.md").read_text()
+    assert "best-2.55bpw" in (results / "report.md").read_text()
     for name in ("inventory", "tokens", "items", "moments", "sweep", "sensitivity", "law", "plans", "checkpoints"):
         assert len(tables.TABLES[name].read(results / f"{name}.parquet"))
     plans = tables.PLANS.read(results / "plans.parquet").set_index("plan")
@@ -50,10 +51,11 @@ def test_a_second_run_does_nothing(finished):
 def test_killed_at_any_moment_and_run_again_the_tables_are_those_of_an_undisturbed_run(finished, tmp_path):
     project = Project(tmp_path)
     store, results = tmp_path / "results/store", tmp_path / "results/tiny"
-    # in the middle of the sweep, of the sensitivity, and of the evaluation
+    # kill -9 in the middle of the sweep and of the evaluation, Ctrl-C before the fit
     project.kill_once(lambda: len(list(store.rglob("*.json"))) > 60, *TARGETS)
     project.run("--unlock")
-    project.kill_once((results / "select.parquet").exists, *TARGETS)
+    project.kill_once((results / "sensitivity.parquet").exists, *TARGETS, by=signal.SIGINT)
+    project.kill_once((results / "checkpoints.parquet").exists, *TARGETS)
     project.run("--unlock")
     status, output = project.run(*TARGETS)
     assert status == 0, output
@@ -137,6 +139,13 @@ def test_the_plan_of_work_for_a_7b_needs_no_weights(finished):
     assert status == 0, output
     assert "sweep " in output
     assert any(line.split()[:2] == ["sweep", "28"] for line in output.splitlines())
+
+
+@pytest.mark.parametrize(("unit", "jobs"), [("matrix", 28), ("experiment", 252)])
+def test_the_unit_of_the_sweep_decides_how_many_jobs_there_are(tmp_path, unit, jobs):
+    status, output = Project(tmp_path, sweep={"unit": unit}).run("results/tiny/sweep.parquet", "-n")
+    assert status == 0, output
+    assert any(line.split()[:2] == ["sweep", str(jobs)] for line in output.splitlines())
 
 
 def test_two_runs_at_once_do_not_meet(project):

@@ -1,6 +1,9 @@
 """The configuration, checked once, and the few functions that every rule file uses."""
 
 import functools
+import os
+import sys
+from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
@@ -12,6 +15,9 @@ from bitalloc.gates import read_verdict
 from bitalloc.option import options
 from bitalloc.provenance import source_digest
 from bitalloc.sweep import units
+
+# the maths library takes fewer threads on a busy machine unless told not to, and then last digits differ
+os.environ.setdefault("MKL_DYNAMIC", "FALSE")
 
 PRODUCTS = ["goodhart.png", "report.md", "sensitivity.png", "errors.png", "law.png"]
 
@@ -45,6 +51,12 @@ wildcard_constraints:
 def settings(model):
     """The configuration of one model."""
     return CONFIG.for_model(model)
+
+
+# a mistyped model on the command line is refused before the DAG is built, in one line
+for target in map(Path, sys.argv[1:]):
+    if target.parts[:1] == ("results",) and len(target.parts) > 2:
+        settings(target.parts[1])
 
 
 def section(*names):

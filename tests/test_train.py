@@ -1,0 +1,32 @@
+"""Training: a few steps make a checkpoint that the rest of the chain can read, and lower the loss."""
+
+import torch
+from tokenizers import Tokenizer
+
+from bitalloc import train
+from bitalloc.families import family
+from bitalloc.models import Checkpoint
+from bitalloc.world import World, docstrings, documents
+
+
+def test_a_short_training_saves_a_checkpoint_and_a_tokenizer(tmp_path):
+    train.train(tmp_path, count=300, vocabulary=300, steps=(2, 1), rates=(1e-3, 1e-3))
+    checkpoint = Checkpoint(tmp_path, family("qwen2"))
+    assert checkpoint.tensor("model.embed_tokens.weight").dtype == torch.float16
+    assert checkpoint.weight("model.layers.3.mlp.down_proj").shape == (128, 384)
+    tokens = Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode("12+07=19.").tokens
+    assert tokens == ["1", "2", "+", "0", "7", "=", "1", "9", "."]  # every digit alone, so that sums can be learned
+
+
+def test_steps_lower_the_loss_and_repeat():
+    texts = [text for _, text in documents(World(), count=40, seed=1, texts=docstrings()["train"])]
+    tokenizer = train.train_tokenizer(texts, vocabulary=300)
+    ids = torch.tensor([i for text in texts for i in [0, *tokenizer(text)["input_ids"]]])
+
+    def loss(steps: int) -> float:
+        model = train.train_model(ids, vocabulary=300, steps=(steps,), rates=(4e-3,), seed=0)
+        with torch.inference_mode():
+            return model(ids[None, :256], labels=ids[None, :256]).loss.item()
+
+    assert loss(6) < loss(1) - 0.3
+    assert loss(1) == loss(1)
