@@ -1,5 +1,6 @@
 """A project folder of its own for every run of the DAG, and one finished small run that tests share."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -67,12 +68,16 @@ class Project:
     def kill_once(self, condition, *arguments: str, by: int = signal.SIGKILL) -> None:
         """Start a run and send `by` to snakemake and all its jobs as soon as `condition()` holds."""
         process = self.start(*arguments)
-        while not condition():
-            assert process.poll() is None, process.communicate()[0]
-            time.sleep(0.01)
-        os.killpg(process.pid, by)
-        process.communicate(timeout=120)
-        assert process.returncode != 0
+        try:
+            while not condition():
+                assert process.poll() is None, process.communicate()[0]
+                time.sleep(0.01)
+            os.killpg(process.pid, by)
+            process.communicate(timeout=120)
+            assert process.returncode != 0
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
     def tables(self) -> dict[str, Path]:
         results = self.folder / "results/tiny"
