@@ -44,10 +44,10 @@ def goodhart(  # noqa: PLR0917 - three tables, a message and where to put it
         middle = bottom + (lower - 0.6) / height
         split = middle + 0.95 / height
         _loss(figure.add_axes((0.062, split, 0.29, top - split)), page_data)
-        _tasks(figure, page_data, (0.475, split, 0.515, top - split))
+        _tasks(figure, page_data, (0.475, split, 0.5, top - split))
         if n_golds:
-            _correlations(figure.add_axes((0.155, bottom, 0.30, middle - bottom)), page_data)
-            _regrets(figure.add_axes((0.62, bottom, 0.30, middle - bottom)), page_data)
+            _correlations(figure.add_axes((0.17, bottom, 0.285, middle - bottom)), page_data)
+            _regrets(figure.add_axes((0.635, bottom, 0.285, middle - bottom)), page_data)
 
 
 class _Page:
