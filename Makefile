@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 CORES ?= 2
 DEMO := results/tiny/goodhart.png results/tiny/report.md
 
-.PHONY: demo test lint format config bench-allocate clean
+.PHONY: demo test lint format config bench-allocate bench-sweep clean
 
 demo: $(VENV)/.core
 	$(BIN)/snakemake $(DEMO) --cores $(CORES) --quiet rules host
@@ -41,6 +41,9 @@ $(VENV)/.core: pyproject.toml envs/constraints.txt
 $(VENV)/.dev: $(VENV)/.core
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint envs/constraints.txt --editable '.[dev]'
 	touch $@
+
+bench-sweep: $(VENV)/.dev
+	$(BIN)/python benchmarks/bench_sweep.py --size 1024
 
 bench-allocate: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_allocate.py
