@@ -11,7 +11,7 @@ from safetensors.torch import save, save_file
 from bitalloc import experiments as module
 from bitalloc.config import Sweep
 from bitalloc.errors import BitallocError
-from bitalloc.experiments import Experiments
+from bitalloc.experiments import STACKED_BYTES, Experiments
 from bitalloc.families import FAMILIES
 from bitalloc.models import Checkpoint
 from bitalloc.option import Option, options
@@ -94,9 +94,9 @@ def untimed(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def count_work(monkeypatch) -> list[list[Option]]:
-    calls, real = [], module.decompose
+    calls, real = [], module.compress
     monkeypatch.setattr(
-        module, "decompose", lambda W, f, turn, **how: calls.append(list(turn)) or real(W, f, turn, **how)
+        module, "compress", lambda items, **how: calls.append([option for _, option in items]) or real(items, **how)
     )
     return calls
 
@@ -207,7 +207,7 @@ def test_bfloat16_weights_pass_through_as_bfloat16(tmp_path):
 def test_a_small_workspace_changes_nothing_but_memory(world, tmp_path, monkeypatch):
     whole = world.experiments().rows([Q], ALL)
     calls = count_work(monkeypatch)
-    settings = SETTINGS.model_copy(update={"workspace": str(3 * 16 * 24 * 40)})
+    settings = SETTINGS.model_copy(update={"workspace": str(3 * STACKED_BYTES * 24 * 40)})
     assert untimed(World(tmp_path / "other").experiments(settings).rows([Q], ALL)).equals(untimed(whole))
     assert [len(turn) for turn in calls] == [3, 1, 3, 1, 1]
 
@@ -217,15 +217,15 @@ def test_a_small_workspace_changes_nothing_but_memory(world, tmp_path, monkeypat
 )
 def test_a_stack_too_large_for_memory_is_halved(world, tmp_path, monkeypatch, capsys, error):
     whole = world.experiments().rows([Q, DOWN], ALL)
-    real, sizes = module.decompose, []
+    real, sizes = module.compress, []
 
-    def narrow(W, factor, turn, **how):
-        sizes.append(len(turn))
-        if len(turn) > 2:
+    def narrow(items, **how):
+        sizes.append(len(items))
+        if len(items) > 2:
             raise error
-        return real(W, factor, turn, **how)
+        return real(items, **how)
 
-    monkeypatch.setattr(module, "decompose", narrow)
+    monkeypatch.setattr(module, "compress", narrow)
     assert untimed(World(tmp_path / "other").experiments().rows([Q, DOWN], ALL)).equals(untimed(whole))
     assert sizes.count(4) == 1 and max(sizes[1:]) == 2
     assert capsys.readouterr().err.count("out of memory") == 1
@@ -235,7 +235,7 @@ def test_memory_that_does_not_suffice_for_one_option_is_one_line(world, monkeypa
     def never(*args, **how):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(module, "decompose", never)
+    monkeypatch.setattr(module, "compress", never)
     with pytest.raises(BitallocError, match=r"not enough memory.*q_proj.*gptq-2b-g16-r0"):
         world.experiments().rows([Q], ALL)
 
@@ -244,7 +244,7 @@ def test_other_runtime_errors_are_not_swallowed(world, monkeypatch):
     def broken(*args, **how):
         raise RuntimeError("shapes")
 
-    monkeypatch.setattr(module, "decompose", broken)
+    monkeypatch.setattr(module, "compress", broken)
     with pytest.raises(RuntimeError, match="shapes"):
         world.experiments().rows([Q], ALL)
 

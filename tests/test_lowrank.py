@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitalloc.lowrank import _orthonormal, decompose, leading, stacks
+from bitalloc.lowrank import Target, _orthonormal, compress, decompose, leading, stacks
 from bitalloc.option import Option
 from bitalloc.quant import Factor
 from tests.quant.reference import lowrank, moments, rel_error, weights
@@ -44,7 +44,7 @@ def test_the_randomised_svd_is_within_one_percent(power):
 
 def test_a_deficient_sketch_stays_orthonormal_where_it_has_rank():
     Y = torch.randn(200, 3, generator=torch.Generator().manual_seed(0)) @ torch.randn(3, 12)
-    Q = _orthonormal(Y)
+    Q = _orthonormal(Y, passes=2)
     assert bool(Q.isfinite().all())
     assert torch.allclose(Q @ (Q.T @ Y), Y, atol=1e-3)
 
@@ -111,6 +111,38 @@ def test_a_matrix_of_zeros_is_stored_exactly():
 
 def test_results_come_in_the_order_of_the_options():
     options = [Option("gptq", 3, 32, 0), Option("rtn", 2, 64, 2), Option("none", 16, 0, 0), Option("gptq", 2, 32, 2)]
-    fitted = decompose(weights(4, 64), Factor(moments(64), 0.1), options, act_order=True, iterations=1)
+    W, factor = weights(4, 64), Factor(moments(64), 0.1)
+    fitted = decompose(W, factor, options, act_order=True, iterations=1)
     assert [f.matrix.option for f in fitted] == options
-    assert [[options.index(o) for o in stack] for stack in stacks(options)] == [[0, 3], [1], [2]]
+    items = [(Target(W, factor, act_order=True), option) for option in options]
+    assert [[items.index(item) for item in stack] for stack in stacks(items)] == [[0, 3], [1], [2]]
+
+
+def test_matrices_of_a_site_share_a_stack_and_do_not_feel_it():
+    factor = Factor(moments(96, outliers=2), 0.1)
+    options = [Option("gptq", bits, 32, rank) for bits in (2, 4) for rank in (0, 3)]
+    targets = [Target(weights(rows, 96, seed=rows), factor, act_order=True) for rows in (48, 16, 130)]
+    stack = [(target, option) for target in targets for option in options]
+    assert len(stacks(stack)) == 1
+    for (target, option), ours in zip(stack, compress(stack, iterations=2), strict=True):
+        [alone] = decompose(target.W_OI, factor, [option], act_order=True, iterations=2)
+        assert (ours.error, ours.square, ours.energy) == (alone.error, alone.square, alone.energy)
+        assert torch.equal(ours.matrix.dequantize(), alone.matrix.dequantize())
+
+
+def test_errors_alone_are_the_same_errors():
+    factor = Factor(moments(64), 0.1)
+    stack = [(Target(weights(20, 64), factor, act_order=True), Option("gptq", 3, 32, 2))]
+    [whole], [errors] = (compress(stack, iterations=1, matrices=matrices) for matrices in (True, False))
+    assert errors.matrix is None
+    assert (errors.error, errors.square, errors.energy) == (whole.error, whole.square, whole.energy)
+
+
+@pytest.mark.parametrize("power", [0.25, 1.0])
+def test_a_guess_saves_rounds_and_not_accuracy(power):
+    Y = decaying(1100, 1060, power=power)
+    near = Y + 0.3 * Y.std() * torch.randn(Y.shape, generator=torch.Generator().manual_seed(1))
+    _, guess = leading(near, 32)
+    A, B = leading(Y, 32, guess=guess)
+    tail = float((torch.arange(33, 1061, dtype=torch.float64) ** (-2 * power)).sum())
+    assert float((Y - A @ B).square().sum()) <= 1.01 * tail

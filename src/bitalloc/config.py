@@ -67,14 +67,14 @@ class Sweep(Section):
     damping: Annotated[float, Field(gt=0)] = Field(0.1, description="added to H, as a share of its mean diagonal")
     act_order: bool = Field(True, description="quantise groups, and columns within them, by falling activation energy")
     iterations: Annotated[int, Field(ge=0)] = Field(
-        1, description="low-rank/quantise rounds after the low-rank-first start; best is kept"
+        1, description="rounds of quantise, then refit the low-rank part; best is kept; 0: no refit"
     )
     unit: Literal["layer", "matrix", "experiment"] = Field("layer", description="experiments of a job (layer: a block)")
     keep_matrices: bool | Literal["auto"] = Field(
         "auto", description="keep compressed matrices beside the errors; auto: when all together take under keep_limit"
     )
     keep_limit: str = Field("2GB", description="bytes, for keep_matrices: auto")
-    workspace: str = Field("2GB", description="bytes that stacked options may take; more are done in turns")
+    workspace: str = Field("2GB", description="bytes that stacked experiments may take; more are done in turns")
 
 
 class Sensitivity(Section):

@@ -1,13 +1,14 @@
 """One matrix under one option is an experiment: computed once, kept in the store, never computed again.
 
 A shard is addressed by what determines it (weights, moments, option, settings, code), not by the model's
-name. Missing options of a matrix are computed in stacks; an option's result does not depend on the stack,
-so a run that was killed and resumed ends in the same bytes as one that was not.
+name. Missing experiments of the matrices that read one input are computed in stacks; a result does not
+depend on the stack, so a run that was killed and resumed ends in the same bytes as one that was not.
 """
 
 from __future__ import annotations
 
 import fcntl
+import itertools
 import math
 import sys
 import time
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from bitalloc.config import Config, Sweep, parse_bytes
 from bitalloc.errors import BitallocError, nearest
-from bitalloc.lowrank import Decomposition, Factor, decompose, stacks
+from bitalloc.lowrank import Decomposition, Factor, Target, compress, stacks
 from bitalloc.models import Checkpoint, open_checkpoint, pick_device, read_moment
 from bitalloc.option import PASS_THROUGH, Option
 from bitalloc.option import options as configured
@@ -34,7 +35,9 @@ from bitalloc.quant import CompressedMatrix, quantizer
 from bitalloc.store import JSON, Store, digest
 from bitalloc.tables import INVENTORY, MOMENTS, SWEEP
 
-STACKED_BYTES = 16  # for each weight and option: target or residual, whitened residual, codes, their successors
+STACKED_BYTES = 10  # for each weight and option: residual, whitened residual, code, and a margin
+
+Pair = tuple[str, Option]  # layer and option: an experiment
 
 
 class Experiments:
@@ -67,10 +70,10 @@ class Experiments:
     def rows(self, layers: list[str], options: list[Option], progress: Progress | None = None) -> pd.DataFrame:
         """The errors [SWEEP] of `layers` x `options` in that order; what is missing is computed and stored."""
         progress = progress or Progress("sweep", len(layers) * len(options))
-        found = []
-        for layer in layers:
-            records = self._records(layer, options, progress)
-            found += [self._row(layer, option, records[option]) for option in options]
+        records: dict[Pair, JSON] = {}
+        for _, site in itertools.groupby(layers, key=lambda layer: self._layer(layer)["site"]):
+            records |= self._records([(layer, option) for layer in site for option in options], progress)
+        found = [self._row(layer, option, records[layer, option]) for layer in layers for option in options]
         return pd.DataFrame(found, columns=[column.name for column in SWEEP.columns])
 
     def matrix(self, layer: str, option: Option) -> CompressedMatrix:
@@ -82,7 +85,8 @@ class Experiments:
                 return CompressedMatrix.from_tensors(option, row["rows"], row["columns"], load_file(path))
             except (OSError, SafetensorError):  # another process is replacing the shard
                 pass
-        [(_, result, _)] = self._compute(layer, [option], self._weight(layer))
+        [(_, result, _, _)] = self._compute([(layer, option)], matrices=True)
+        assert result.matrix is not None
         return result.matrix
 
     def H(self, site: str) -> Tensor:  # noqa: N802 - the name of the paper
@@ -105,80 +109,98 @@ class Experiments:
         content |= {name: getattr(self.sweep, name) for name in ("damping", "act_order", "iterations")}
         return digest(content)
 
-    def _records(self, layer: str, options: Sequence[Option], progress: Progress) -> dict[Option, JSON]:
-        keys = {option: self._key(layer, option) for option in options}
-        for name in dict.fromkeys(option.quantizer for option in options if option.quantizer != PASS_THROUGH):
+    def _records(self, pairs: Sequence[Pair], progress: Progress) -> dict[Pair, JSON]:
+        """The records of experiments at one site."""
+        keys = {pair: self._key(*pair) for pair in pairs}
+        for name in {option.quantizer: None for _, option in pairs if option.quantizer != PASS_THROUGH}:
             quantizer(name)
 
-        def stored() -> dict[Option, JSON]:
-            records = {option: self.store.get(key) for option, key in keys.items()}
-            return {option: record for option, record in records.items() if record is not None}
+        def stored() -> dict[Pair, JSON]:
+            records = {pair: self.store.get(key) for pair, key in keys.items()}
+            return {pair: record for pair, record in records.items() if record is not None}
 
         records = stored()
-        if len(records) < len(options):
-            with self._lock(layer, digest(sorted(keys.values()))):
-                records = stored()
-                progress.advance(len(records), cached=True)
-                missing = [option for option in options if option not in records]
-                W_OI = self._weight(layer)
-                energy, output = float(W_OI.square().sum(dtype=torch.float64)), self._site_factor(layer).energy(W_OI)
-                for option, result, wall_s in self._compute(layer, missing, W_OI):
-                    record = {
-                        "nbytes": option.nbytes(*W_OI.shape),
-                        "mse": result.square / W_OI.numel(),
-                        "nmse": _share(result.square, energy),
-                        "rel_error": _share(result.error, output),
-                        "weight_energy_ratio": _share(result.energy, energy),
-                        "wall_s": wall_s,
-                    }
-                    if not all(math.isfinite(value) for value in record.values()):
-                        raise BitallocError(
-                            f"the error of {layer} at {option.name} is not finite; check its weights and moments"
-                        )
-                    tensors = save(result.matrix.tensors()) if self.keep else None
-                    self.store.put(keys[option], record, tensors)
-                    records[option] = record
-                    progress.advance(note=layer)
-        else:
+        if len(records) == len(pairs):
             progress.advance(len(records), cached=True)
+            return records
+        with self._lock(pairs[0][0], digest(sorted(keys.values()))):
+            records = stored()
+            progress.advance(len(records), cached=True)
+            missing = [pair for pair in pairs if pair not in records]
+            for pair, result, target, wall_s in self._compute(missing, matrices=self.keep):
+                layer, option = pair
+                row = self._layer(layer)
+                record = {
+                    "nbytes": option.nbytes(row["rows"], row["columns"]),
+                    "mse": result.square / (row["rows"] * row["columns"]),
+                    "nmse": _share(result.square, target.energy),
+                    "rel_error": _share(result.error, target.output(option)),
+                    "weight_energy_ratio": _share(result.energy, target.energy),
+                    "wall_s": wall_s,
+                }
+                if not all(math.isfinite(value) for value in record.values()):
+                    raise BitallocError(
+                        f"the error of {layer} at {option.name} is not finite; check its weights and moments"
+                    )
+                tensors = save(result.matrix.tensors()) if self.keep and result.matrix is not None else None
+                self.store.put(keys[pair], record, tensors)
+                records[pair] = record
+                progress.advance(note=layer)
         return records
 
-    def _compute(
-        self, layer: str, options: Sequence[Option], W_OI: Tensor
-    ) -> Iterator[tuple[Option, Decomposition, float]]:
-        """Option, result and seconds of each option, stack by stack; a stack too large for memory is halved."""
-        factor = self._site_factor(layer)
-        half = torch.bfloat16 if self._layer(layer)["dtype"].lower() in ("bf16", "bfloat16") else torch.float16
-        todo = stacks(options)
-        while todo:
-            most = max(1, self._workspace // (STACKED_BYTES * W_OI.numel()))
-            turn, rest, start = todo[0][:most], todo[0][most:], time.perf_counter()
-            settings = {"act_order": self.sweep.act_order, "iterations": self.sweep.iterations}
-            try:
-                results = decompose(W_OI, factor, turn, half=half, **settings)
-            except (MemoryError, RuntimeError) as error:
-                if not _out_of_memory(error):
-                    raise
-                self._halve(layer, turn, W_OI.numel())
-                continue
-            wall_s = (time.perf_counter() - start) / len(turn)
-            yield from ((option, result, wall_s) for option, result in zip(turn, results, strict=True))
-            todo[:1] = [rest] if rest else []
+    def _compute(self, pairs: Sequence[Pair], *, matrices: bool) -> Iterator[tuple[Pair, Decomposition, Target, float]]:
+        """Each experiment of a site with its result and seconds, a stack that fits the workspace at a time."""
+        targets: dict[str, Target] = {}
+        for stack in stacks(pairs):
+            done = 0
+            while done < len(stack):
+                turn, start = self._fitting(stack[done:]), time.perf_counter()
+                wanted = {layer for layer, _ in turn}
+                targets = {layer: target for layer, target in targets.items() if layer in wanted}
+                try:
+                    for layer in wanted - targets.keys():
+                        targets[layer] = self._target(layer)
+                    items = [(targets[layer], option) for layer, option in turn]
+                    results = compress(items, iterations=self.sweep.iterations, matrices=matrices)
+                except (MemoryError, RuntimeError) as error:
+                    if not _out_of_memory(error):
+                        raise
+                    targets = {}
+                    self._halve(turn)
+                    continue
+                wall_s, total = time.perf_counter() - start, sum(map(self._stacked_bytes, turn))
+                for pair, result in zip(turn, results, strict=True):
+                    yield pair, result, targets[pair[0]], wall_s * self._stacked_bytes(pair) / total
+                done += len(turn)
 
-    def _halve(self, layer: str, turn: list[Option], weights: int) -> None:
+    def _fitting(self, stack: Sequence[Pair]) -> list[Pair]:
+        """As many experiments from the front as fit the workspace, at least one."""
+        ends = itertools.accumulate(map(self._stacked_bytes, stack))
+        return list(stack[: max(1, sum(end <= self._workspace for end in ends))])
+
+    def _stacked_bytes(self, pair: Pair) -> int:
+        row = self._layer(pair[0])
+        return STACKED_BYTES * row["rows"] * row["columns"]
+
+    def _halve(self, turn: list[Pair]) -> None:
+        layer, option = turn[0]
         if len(turn) == 1:
             raise BitallocError(
-                f"not enough memory for {layer} at {turn[0].name} alone; use a machine with more, or device: cpu"
+                f"not enough memory for {layer} at {option.name} alone; use a machine with more, or device: cpu"
             ) from None
-        self._workspace = len(turn) // 2 * STACKED_BYTES * weights
+        self._workspace = sum(map(self._stacked_bytes, turn[: len(turn) // 2]))
         if not self._said:
             self._said = True
             print(
-                f"[sweep] out of memory with {len(turn)} options of {layer}: going on with half as many at a time; "
-                "a lower sweep.workspace avoids this",
+                f"[sweep] out of memory with {len(turn)} experiments at {layer}: going on with half as many at a "
+                "time; a lower sweep.workspace avoids this",
                 file=sys.stderr,
                 flush=True,
             )
+
+    def _target(self, layer: str) -> Target:
+        half = torch.bfloat16 if self._layer(layer)["dtype"].lower() in ("bf16", "bfloat16") else torch.float16
+        return Target(self._weight(layer), self._site_factor(layer), act_order=self.sweep.act_order, half=half)
 
     def _weight(self, layer: str) -> Tensor:
         W_OI, row = self.checkpoint.weight(layer), self._layer(layer)

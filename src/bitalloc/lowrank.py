@@ -1,11 +1,12 @@
 """W ~ Q + L R: a whitened truncated SVD beside the codes, the two fitted in turns.
 
 Minimises ||(W - Q - L R) M||_F with M M^T = H + lambda I (CALDERA, Saha et al. 2024, sect. 3; QERA, Zhang
-et al. 2024). The low-rank part of W comes first and the rest is quantised; then each round takes the best
-L R for what quantisation left and quantises again. Errors over rounds are not monotone, so every pair
+et al. 2024). The low-rank part of W comes first; then each round quantises the rest and takes the best L R
+for what quantisation left. Starting with the quantisation ends higher, and a round that ends in the codes
+gains next to nothing over the one before (docs/LOG.md). Errors over rounds are not monotone, so every pair
 (Q, L R) is a candidate, judged as it will be stored, and the best is kept.
 
-Shapes: O outputs (rows), I inputs (columns), R rank, K options stacked, G groups.
+Shapes: O outputs (rows), I inputs (columns), R rank or, in X_IR, rows of all stacked items, G groups.
 """
 
 from __future__ import annotations
@@ -17,20 +18,20 @@ import torch
 from torch import Tensor
 
 from bitalloc.option import PASS_THROUGH, Option
-from bitalloc.quant import CompressedMatrix, Factor, Grid, Order, quantizer
+from bitalloc.quant import CompressedMatrix, Factor, Grid, Order, Stack, quantizer
 from bitalloc.quant.grid import SMALLEST
 
-__all__ = ["Decomposition", "Factor", "decompose", "leading", "stacks"]
+__all__ = ["Decomposition", "Factor", "Item", "Target", "compress", "decompose", "leading", "stacks"]
 
 FULL = 512  # largest min(O, I) at which the SVD is exact
-OVERSAMPLING, ROUNDS = 1.5, 3
+OVERSAMPLING, ROUNDS, ROUNDS_FROM_GUESS = 1.5, 3, 1
 
 
 @dataclass(frozen=True)
 class Decomposition:
     """A matrix as stored, and its error E = W - What."""
 
-    matrix: CompressedMatrix
+    matrix: CompressedMatrix | None  # None when only the errors were asked for
     error: float  # tr(E H E^T), undamped
     square: float  # ||E||_F^2
     energy: float  # ||What||_F^2
@@ -54,12 +55,56 @@ class _LowRank:
         return R_RI[:, order.permutation_I].T, L_OR.T
 
 
-def stacks(options: Sequence[Option]) -> list[list[Option]]:
-    """Options that can pass through one column loop together, in order of first appearance."""
+class Target:
+    """One matrix W_OI (float32) and what all its options share: its order, its whitened self, its basis.
 
-    found: dict[tuple, list[Option]] = {}
-    for option in options:
-        found.setdefault((option.quantizer, option.group_size, option.symmetric), []).append(option)
+    `half` is the type of the pass-through. One group size is held at a time, so options come by group size.
+    """
+
+    def __init__(self, W_OI: Tensor, factor: Factor, *, act_order: bool, half: torch.dtype = torch.float16) -> None:
+        self.W_OI, self.factor, self.act_order, self.half = W_OI, factor, act_order, half
+        self.energy = _square(W_OI)
+        self._arranged: tuple[int, _Arranged] | None = None
+
+    def arranged(self, group_size: int) -> _Arranged:
+        if self._arranged is None or self._arranged[0] != group_size:
+            self._arranged = None
+            self._arranged = (group_size, _Arranged(self, self.factor.order(group_size, self.act_order)))
+        return self._arranged[1]
+
+    def output(self, option: Option) -> float:
+        """tr(W H W^T), the mean squared output for each token; in the last digits it depends on the order."""
+        if option.quantizer == PASS_THROUGH:
+            return self.factor.energy(self.W_OI)
+        return max(_square(self.arranged(option.group_size).Y_IO) - self.factor.lam * self.energy, 0.0)
+
+
+Item = tuple[Target, Option]
+
+
+class _Arranged:
+    """A target in one order of processing."""
+
+    def __init__(self, target: Target, order: Order) -> None:
+        self.order = order
+        self.W_IO = target.W_OI.T[order.permutation_I]
+        self.Y_IO = order.whiten(self.W_IO)
+        self._basis = _Basis(self.Y_IO)
+        self._parts: dict[tuple[int, int], _LowRank] = {}
+
+    def start(self, option: Option) -> _LowRank | None:
+        """The low-rank part of W itself; the factorisation is shared by all ranks."""
+        key = (option.rank, option.factor_bits)
+        if option.rank and key not in self._parts:
+            self._parts[key] = _factors(*self._basis.leading(option.rank), self.order, option)
+        return self._parts.get(key)
+
+
+def stacks(items: Sequence[Item]) -> list[list[Item]]:
+    """Items of one site that can pass through one column loop together, in order of first appearance."""
+    found: dict[tuple, list[Item]] = {}
+    for target, option in items:
+        found.setdefault((option.quantizer, option.group_size, option.symmetric), []).append((target, option))
     return list(found.values())
 
 
@@ -72,89 +117,101 @@ def decompose(
     iterations: int,
     half: torch.dtype = torch.float16,
 ) -> list[Decomposition]:
-    """Compress W_OI (float32) under every option; results in the order of `options`.
-
-    An option's result is the same, to the last bit, whatever other options it is computed with.
-    `iterations` rounds follow the low-rank-first start; `half` is the type of the pass-through.
-    """
+    """Compress W_OI (float32) under every option; results in the order of `options`. See `compress`."""
+    target = Target(W_OI, factor, act_order=act_order, half=half)
     found: dict[Option, Decomposition] = {}
-    for stack in stacks(options):
-        if stack[0].quantizer == PASS_THROUGH:
-            found[stack[0]] = _pass_through(W_OI, factor, stack[0], half)
-        else:
-            found |= zip(stack, _alternate(W_OI, factor, stack, act_order, iterations), strict=True)
+    for stack in stacks([(target, option) for option in options]):
+        results = compress(stack, iterations=iterations)
+        found |= {option: result for (_, option), result in zip(stack, results, strict=True)}
     return [found[option] for option in options]
 
 
-def _pass_through(W_OI: Tensor, factor: Factor, option: Option, half: torch.dtype) -> Decomposition:
-    stored_OI = W_OI.to(half)
-    D_OI = W_OI - stored_OI.float()
-    error, square = factor.energy(D_OI), _square(D_OI)
-    matrix = CompressedMatrix(option, *W_OI.shape, weight_OI=stored_OI.cpu())
-    return Decomposition(matrix, error, square, _square(stored_OI.float()), error + factor.lam * square)
+def compress(stack: Sequence[Item], *, iterations: int, matrices: bool = True) -> list[Decomposition]:
+    """Compress one of `stacks`, in one column loop a round; results in its order.
 
-
-def _alternate(
-    W_OI: Tensor, factor: Factor, stack: list[Option], act_order: bool, iterations: int
-) -> list[Decomposition]:
-    order = factor.order(stack[0].group_size, act_order)
-    quantise = quantizer(stack[0].quantizer)
-    W_IO = W_OI.T[order.permutation_I]
-    parts = _start(W_IO, order, stack)
-    best: dict[Option, Decomposition] = {}
-
-    def offer(option: Option, grid: Grid, k: int, *, E_IO: Tensor, D_IO: Tensor) -> None:
-        objective = _square(E_IO)
-        if option not in best or objective < best[option].objective:
-            square, energy = _square(D_IO), _square(W_IO - D_IO)
-            matrix = _stored(option, grid, k, parts[option], order=order)
-            best[option] = Decomposition(matrix, max(objective - factor.lam * square, 0.0), square, energy, objective)
-
-    def quantised(live: list[Option]) -> Grid:
-        X_IKO = W_IO.new_empty(len(W_IO), len(live), W_IO.shape[1])
-        for k, option in enumerate(live):
-            X_IKO[:, k] = _minus(W_IO, parts[option], order)
-        bits_K = torch.tensor([option.bits for option in live], device=W_IO.device)
-        grid = quantise(X_IKO, bits_K, order, symmetric=live[0].symmetric)
-        for k, option in enumerate(live):
-            offer(option, grid, k, E_IO=grid.E_IKO[:, k], D_IO=grid.D_IKO[:, k])
-        return grid
-
-    live = stack
-    grid = quantised(live)
-    for _ in range(iterations):
-        ranked = [option for option in live if option.rank]
-        if not ranked:
+    An item's result is the same, to the last bit, whatever it is stacked with. After the low-rank start,
+    `iterations` rounds quantise the rest and refit the low-rank part; with 0 the start is kept.
+    """
+    if stack[0][1].quantizer == PASS_THROUGH:
+        return [_pass_through(target, option) for target, option in stack]
+    places = [target.arranged(option.group_size) for target, option in stack]
+    parts = [place.start(option) for place, (_, option) in zip(places, stack, strict=True)]
+    best: list[Decomposition | None] = [None] * len(stack)
+    for round_ in range(max(1, iterations)):
+        live = [k for k, (_, option) in enumerate(stack) if option.rank or not round_]
+        if not live:
             break
-        for option in ranked:
-            k = live.index(option)
-            R_IR, L_RO = parts[option].transposed(order)
-            # E is (W - Q - L R) M already: adding L R M gives (W - Q) M without another product
-            rest_IO = grid.D_IKO[:, k] + R_IR @ L_RO
-            whitened_IO = grid.E_IKO[:, k] + order.M_II.T @ R_IR @ L_RO
-            parts[option] = part = _factors(*leading(whitened_IO, option.rank), order, option)
-            R_IR, L_RO = part.transposed(order)
-            E_IO = whitened_IO - order.M_II.T @ R_IR @ L_RO
-            offer(option, grid, k, E_IO=E_IO, D_IO=rest_IO - R_IR @ L_RO)
-        live = ranked
-        grid = quantised(live)
-    return [best[option] for option in stack]
+        rows, grid = _quantise([stack[k] for k in live], [places[k] for k in live], [parts[k] for k in live])
+        for k, part in zip(live, rows, strict=True):
+            (target, option), place, lowrank = stack[k], places[k], parts[k]
+            found = _Pair(
+                lowrank, float(grid.error_R[part].sum()), float(grid.square_R[part].sum()), grid.D_IR[:, part]
+            )
+            if lowrank is not None and iterations:
+                refitted = _refit(place.order, option, lowrank, D_IO=found.D_IO, E_IO=grid.E_IR[:, part])
+                parts[k] = refitted.lowrank
+                found = min(found, refitted, key=lambda pair: pair.objective)
+            if (kept := best[k]) is None or found.objective < kept.objective:
+                best[k] = Decomposition(
+                    _stored(option, grid, part, found.lowrank, place.order) if matrices else None,
+                    error=max(found.objective - target.factor.lam * found.square, 0.0),
+                    square=found.square,
+                    energy=_square(place.W_IO - found.D_IO),
+                    objective=found.objective,
+                )
+    return [result for result in best if result is not None]
 
 
-def _start(W_IO: Tensor, order: Order, stack: list[Option]) -> dict[Option, _LowRank | None]:
-    """The low-rank part of W itself at every rank that occurs; the factorisation is shared."""
-    parts: dict[tuple[int, int], _LowRank] = {}
-    if any(option.rank for option in stack):
-        whitened_IO = order.M_II.T @ W_IO
-        basis = _Basis(whitened_IO)
-        for option in stack:
-            if option.rank and (option.rank, option.factor_bits) not in parts:
-                parts[option.rank, option.factor_bits] = _factors(*basis.leading(option.rank), order, option)
-    return {option: parts.get((option.rank, option.factor_bits)) for option in stack}
+@dataclass(frozen=True)
+class _Pair:
+    """The low-rank part beside some codes, and what the two leave of W."""
+
+    lowrank: _LowRank | None
+    objective: float
+    square: float
+    D_IO: Tensor
 
 
-def _minus(W_IO: Tensor, part: _LowRank | None, order: Order) -> Tensor:
-    return W_IO if part is None else torch.addmm(W_IO, *part.transposed(order), alpha=-1)
+def _pass_through(target: Target, option: Option) -> Decomposition:
+    stored_OI = target.W_OI.to(target.half)
+    D_OI = target.W_OI - stored_OI.float()
+    error, square = target.factor.energy(D_OI), _square(D_OI)
+    matrix = CompressedMatrix(option, *stored_OI.shape, weight_OI=stored_OI.cpu())
+    return Decomposition(matrix, error, square, _square(stored_OI.float()), error + target.factor.lam * square)
+
+
+def _quantise(
+    stack: Sequence[Item], places: Sequence[_Arranged], parts: Sequence[_LowRank | None]
+) -> tuple[tuple[slice, ...], Grid]:
+    """One column loop over W - L R of all items: the rows of each, and the grid of all."""
+    order, first = places[0].order, stack[0][1]
+    rows, bits = [len(target.W_OI) for target, _ in stack], [option.bits for _, option in stack]
+    device = stack[0][0].W_OI.device
+    together = Stack.of(rows, bits, symmetric=first.symmetric, device=device)
+    X_IR = torch.empty(len(order.weight_I), sum(rows), device=device)
+    shared: dict[int, slice] = {}  # items that differ only in bits have one target
+    for k, (place, lowrank) in enumerate(zip(places, parts, strict=True)):
+        same = shared.setdefault(id(lowrank or place), together.rows[k])
+        if same != together.rows[k]:
+            X_IR[:, together.rows[k]] = X_IR[:, same]
+        elif lowrank is None:
+            X_IR[:, same] = place.W_IO
+        else:
+            torch.addmm(place.W_IO, *lowrank.transposed(order), alpha=-1, out=X_IR[:, same])
+    return together.rows, quantizer(first.quantizer)(X_IR, together, order)
+
+
+def _refit(order: Order, option: Option, lowrank: _LowRank, *, D_IO: Tensor, E_IO: Tensor) -> _Pair:
+    """The best low-rank part for the codes that left D = W - Q - L R, whitened E = D M."""
+    R_IR, L_RO = lowrank.transposed(order)
+    # adding L R M gives (W - Q) M without another product with M
+    whitened_IO = torch.addmm(E_IO, order.whiten(R_IR), L_RO)
+    rest_IO = torch.addmm(D_IO, R_IR, L_RO)
+    refitted = _factors(*leading(whitened_IO, option.rank, guess=L_RO), order, option)
+    R_IR, L_RO = refitted.transposed(order)
+    whitened_IO.addmm_(order.whiten(R_IR), L_RO, alpha=-1)
+    rest_IO.addmm_(R_IR, L_RO, alpha=-1)
+    return _Pair(refitted, _square(whitened_IO), _square(rest_IO), rest_IO)
 
 
 def _factors(A_IR: Tensor, B_RO: Tensor, order: Order, option: Option) -> _LowRank:
@@ -174,50 +231,74 @@ def _factors(A_IR: Tensor, B_RO: Tensor, order: Order, option: Option) -> _LowRa
 
 
 class _Basis:
-    """Leading singular directions of Y_IO at any rank; small matrices are decomposed once, exactly."""
+    """Leading singular directions of Y_IO at any rank: one exact or a few randomised decompositions serve all."""
 
     def __init__(self, Y_IO: Tensor) -> None:
         self.Y_IO = Y_IO
-        self.vectors: Tensor | None = None
+        self._found: dict[int, tuple[Tensor, Tensor]] = {}
 
     def leading(self, rank: int) -> tuple[Tensor, Tensor]:
         width = min(self.Y_IO.shape)
         rank = min(rank, width)
-        sketch = int(OVERSAMPLING * rank) + 1
-        if width > FULL and sketch <= width // 2:
-            return _subspace(self.Y_IO, rank, sketch)
-        wide = self.Y_IO.shape[0] <= self.Y_IO.shape[1]
-        if self.vectors is None:
-            # the Gram matrix squares the condition number, which float64 has digits for
-            Y = self.Y_IO.double()
-            self.vectors = torch.linalg.eigh(Y @ Y.T if wide else Y.T @ Y).eigenvectors.flip(1).float()
-        V = self.vectors[:, :rank].contiguous()
-        return (V, V.T @ self.Y_IO) if wide else (self.Y_IO @ V, V.T)
+        # a ladder of widths, so that ranks share a decomposition and the one used depends on the rank alone
+        rung = 1
+        while rung < rank:
+            rung *= 4
+        if _exact(self.Y_IO, rung):
+            rung = width
+        if rung not in self._found:
+            self._found[rung] = leading(self.Y_IO, rung)
+        A_IR, B_RO = self._found[rung]
+        return A_IR[:, :rank].contiguous(), B_RO[:rank]
 
 
-def leading(Y_IO: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def leading(Y_IO: Tensor, rank: int, *, guess: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """A_IR, B_RO with A B the best rank-R approximation of Y_IO (Eckart-Young), strongest rank first.
 
     Exact up to min(O, I) = 512; above, a seeded randomised subspace iteration (Halko et al. 2011, alg. 4.4)
-    with sketch 1.5 R and 3 rounds, whose error is within 1 % of the optimum on the spectra of weights.
+    with sketch 1.5 R and 3 rounds, whose error is within 1 % of the optimum on the spectra of weights. From
+    rows `guess` [R, O] that nearly span what is sought, one round is enough.
     """
-    return _Basis(Y_IO).leading(rank)
+    rank = min(rank, *Y_IO.shape)
+    if not _exact(Y_IO, rank):
+        return _subspace(Y_IO, rank, guess)
+    wide = Y_IO.shape[0] <= Y_IO.shape[1]
+    # the Gram matrix squares the condition number, which float64 has digits for
+    Y = Y_IO.double()
+    V = torch.linalg.eigh(Y @ Y.T if wide else Y.T @ Y).eigenvectors.flip(1)[:, :rank].float()
+    return (V, V.T @ Y_IO) if wide else (Y_IO @ V, V.T)
 
 
-def _subspace(Y_IO: Tensor, rank: int, sketch: int) -> tuple[Tensor, Tensor]:
-    draw = torch.randn(Y_IO.shape[1], sketch, generator=torch.Generator().manual_seed(0))
-    Q_IS = _orthonormal(Y_IO @ draw.to(Y_IO))
-    for _ in range(ROUNDS):
-        Q_IS = _orthonormal(Y_IO @ _orthonormal(Y_IO.T @ Q_IS))
+def _exact(Y_IO: Tensor, rank: int) -> bool:
+    width = min(Y_IO.shape)
+    return width <= FULL or _sketch(rank) > width // 2
+
+
+def _sketch(rank: int) -> int:
+    return int(OVERSAMPLING * rank) + 1
+
+
+def _subspace(Y_IO: Tensor, rank: int, guess: Tensor | None) -> tuple[Tensor, Tensor]:
+    draw = torch.randn(Y_IO.shape[1], _sketch(rank), generator=torch.Generator().manual_seed(0)).to(Y_IO)
+    rounds = ROUNDS
+    if guess is not None:
+        # scaled like the draws; ranks that hold nothing keep theirs
+        size = guess.square().sum(1).sqrt()
+        known = torch.nonzero(size > 0).flatten()
+        draw[:, known] = (guess[known] / size[known, None]).T * Y_IO.shape[1] ** 0.5
+        rounds = ROUNDS_FROM_GUESS
+    Q_IS = _orthonormal(Y_IO @ draw, passes=1)
+    for k in range(rounds):
+        Q_IS = _orthonormal(Y_IO @ _orthonormal(Y_IO.T @ Q_IS, passes=1), passes=2 if k == rounds - 1 else 1)
     B_SO = Q_IS.T @ Y_IO
     B = B_SO.double()
     V = torch.linalg.eigh(B @ B.T).eigenvectors.flip(1)[:, :rank].float()
     return Q_IS @ V, V.T @ B_SO
 
 
-def _orthonormal(Y: Tensor) -> Tensor:
-    """CholeskyQR twice (Yamamoto et al. 2015), several times faster than Householder QR on tall matrices."""
-    for _ in range(2):
+def _orthonormal(Y: Tensor, passes: int) -> Tensor:
+    """CholeskyQR (Yamamoto et al. 2015: twice makes it orthonormal), faster than Householder QR on tall matrices."""
+    for _ in range(passes):
         D = Y.double()
         G = D.T @ D
         # keeps a rank-deficient sketch factorisable; far below what float32 resolves
@@ -226,19 +307,20 @@ def _orthonormal(Y: Tensor) -> Tensor:
     return Y
 
 
-def _stored(option: Option, grid: Grid, k: int, part: _LowRank | None, *, order: Order) -> CompressedMatrix:
-    codes_IO = grid.codes_IKO[:, k]
+def _stored(option: Option, grid: Grid, rows: slice, lowrank: _LowRank | None, order: Order) -> CompressedMatrix:
+    codes_IO = grid.codes_IR[:, rows]
+    zero_OG = None if option.symmetric else order.stored_groups(grid.zero_GR[:, rows]).T.contiguous().cpu()
     matrix = CompressedMatrix(
         option,
         rows=codes_IO.shape[1],
         columns=codes_IO.shape[0],
         codes_OI=order.stored(codes_IO).T.contiguous().cpu(),
-        scale_OG=order.stored_groups(grid.scale_GKO[:, k]).T.contiguous().cpu(),
-        zero_OG=None if grid.zero_GKO is None else order.stored_groups(grid.zero_GKO[:, k]).T.contiguous().cpu(),
+        scale_OG=order.stored_groups(grid.scale_GR[:, rows]).T.contiguous().cpu(),
+        zero_OG=zero_OG,
     )
-    if part is None:
+    if lowrank is None:
         return matrix
-    factors = {name: tensor.cpu().contiguous() for name, tensor in vars(part).items() if tensor is not None}
+    factors = {name: tensor.cpu().contiguous() for name, tensor in vars(lowrank).items() if tensor is not None}
     return replace(matrix, **factors)
 
 

@@ -96,14 +96,13 @@ def compress(W_OI: Tensor, H_II: Tensor, option: Option, *, damping: float, act_
 
     if not option.rank:
         return quantised(W_OI)
-    LR = lowrank(W_OI, M_II, option.rank)
-    Q = quantised(W_OI - LR)
-    candidates = [Q + LR]
-    for _ in range(iterations):
-        LR = lowrank(W_OI - Q, M_II, option.rank)
-        candidates.append(Q + LR)
+    LR, candidates = lowrank(W_OI, M_II, option.rank), []
+    for _ in range(max(1, iterations)):
         Q = quantised(W_OI - LR)
         candidates.append(Q + LR)
+        if iterations:
+            LR = lowrank(W_OI - Q, M_II, option.rank)
+            candidates.append(Q + LR)
     return min(candidates, key=lambda What: float(((W_OI - What) @ M_II).square().sum()))
 
 

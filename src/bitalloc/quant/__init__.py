@@ -2,7 +2,7 @@
 
 A member is one file and one entry of `QUANTIZERS`; tests/quant/test_contract.py holds it to the contract.
 
-Shapes: O outputs (rows), I inputs (columns), G groups of columns, R rank, K options stacked.
+Shapes: O outputs (rows), I inputs (columns), G groups of columns, R rank or, in X_IR, rows of all stacked matrices.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from bitalloc.errors import BitallocError, nearest
 from bitalloc.option import PASS_THROUGH, Option
 from bitalloc.quant.factor import Factor, Order
 from bitalloc.quant.gptq import gptq
-from bitalloc.quant.grid import Grid
+from bitalloc.quant.grid import Grid, Stack
 from bitalloc.quant.packing import pack, unpack
 from bitalloc.quant.rtn import rtn
 
-__all__ = ["QUANTIZERS", "CompressedMatrix", "Factor", "Grid", "Order", "Quantizer", "quantizer"]
+__all__ = ["QUANTIZERS", "CompressedMatrix", "Factor", "Grid", "Order", "Quantizer", "Stack", "quantizer"]
 
 
 class Quantizer(Protocol):
-    """Quantise K stacked matrices of O rows, columns first and in `order`, each to its own bits.
+    """Quantise stacked rows, inputs first and in `order`, each to its own bits.
 
-    X_IKO (float32) is overwritten with the residual; `bits_K` is int64. The result of an option must not
-    depend on what it is stacked with, and more bits must not make it worse.
+    X_IR (float32, contiguous) is overwritten with the residual. The result of an item must not depend on
+    what it is stacked with, and more bits must not make it worse.
     """
 
-    def __call__(self, X_IKO: Tensor, bits_K: Tensor, order: Order, *, symmetric: bool) -> Grid: ...
+    def __call__(self, X_IR: Tensor, stack: Stack, order: Order) -> Grid: ...
 
 
 QUANTIZERS: dict[str, Quantizer] = {"rtn": rtn, "gptq": gptq}

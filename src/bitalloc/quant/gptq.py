@@ -1,10 +1,11 @@
 """GPTQ (Frantar et al. 2023), which is LDLQ (Chee et al. 2023): round column by column, feeding errors forward.
 
-Rows are independent given the moments, so whole options are stacked and share one loop over the columns.
-The loop looks left: the feedback of everything before a group comes as one product when the group is
-reached, that of 16-column slices within the group likewise, and only within a slice column by column.
+Rows are independent given the moments, so whole matrices and options are stacked and share one loop over the
+columns. The loop looks left: the feedback of everything before a span of some 512 columns comes as one large
+product when the span is reached, what the span itself adds when a group is, and only within a group does it
+go column by column.
 
-Shapes: I inputs, K options stacked, O outputs (rows), g columns of a group, G groups, R = K O.
+Shapes: I inputs, R rows of all stacked matrices, a columns so far, g columns of a group, s of a span.
 """
 
 from __future__ import annotations
@@ -12,56 +13,46 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bitalloc.quant.factor import Order
-from bitalloc.quant.grid import Grid, add_product, search
+from bitalloc.quant.block import add_product, columns
+from bitalloc.quant.factor import Group, Order
+from bitalloc.quant.grid import Grid, Stack
 
-SLICE = 16
+SPAN = 512
 
 
-def gptq(X_IKO: Tensor, bits_K: Tensor, order: Order, *, symmetric: bool) -> Grid:
-    """Quantise stacked matrices (columns first, in `order`); X is overwritten with the residual."""
+def gptq(X_IR: Tensor, stack: Stack, order: Order) -> Grid:
+    """Quantise stacked matrices (inputs first, in `order`); X is overwritten with the residual."""
     M_II = order.M_II
-    top_K = (2.0**bits_K - 1).to(X_IKO.dtype)
-    codes_IKO = torch.empty_like(X_IKO, dtype=torch.uint8)
-    E_IKO = torch.empty_like(X_IKO)
-    scales, zeros = [], []
+    grid = Grid.empty(X_IR, order)
+    spans = _spans(order)
+    F_sR = X_IR.new_empty(max(span[-1].stop - span[0].start for span in spans), X_IR.shape[1])
+    for span in spans:
+        first, last = span[0].start, span[-1].stop
+        # where a group should move to make up for the errors before it is D P; its scales must see that
+        P_as = M_II.new_empty(last, last - first)
+        for group in span:
+            a, b = group.start, group.stop
+            P_as[:a, a - first : b - first] = torch.linalg.solve_triangular(
+                M_II[a:b, a:b], M_II[:a, a:b], upper=True, left=False
+            )
+        f_sR = F_sR[: last - first].zero_()
+        if first:
+            add_product(f_sR, P_as[:first].T, X_IR[:first], stack.rows)
+        for group in span:
+            a, b = group.start, group.stop
+            f_gR = f_sR[a - first : b - first]
+            if a > first:
+                add_product(f_gR, P_as[first:a, a - first : b - first].T, X_IR[first:a], stack.rows)
+            columns(f_gR, order, stack, grid, group)
+    return grid
+
+
+def _spans(order: Order) -> list[list[Group]]:
+    """Groups in runs of at most `SPAN` columns, at least one each."""
+    found: list[list[Group]] = []
     for group in order.groups:
-        a, b = group.start, group.stop
-        M_gg = M_II[a:b, a:b]
-        x_gKO = X_IKO[a:b].clone()
-        if a:
-            # where the group should move to make up for all errors so far; its scales must see that
-            P_ag = torch.linalg.solve_triangular(M_gg, M_II[:a, a:b], upper=True, left=False)
-            add_product(x_gKO, P_ag.T, X_IKO[:a])
-        scale, zero = search(x_gKO, top_K, order.weight_I[a:b], symmetric=symmetric)
-        y_gKO, q_gKO = _columns(x_gKO.div_(scale), M_gg / M_gg.diagonal(), -zero, top_K[:, None] - zero)
-        torch.mul(y_gKO.sub_(q_gKO).mul_(scale), M_gg.diagonal()[:, None, None], out=E_IKO[a:b])
-        X_IKO[a:b] -= q_gKO * scale
-        codes_IKO[a:b] = q_gKO.add_(zero)
-        scales.append(scale.half())
-        zeros.append(zero.to(torch.uint8))
-    return Grid(codes_IKO, torch.stack(scales), None if symmetric else torch.stack(zeros), X_IKO, E_IKO)
-
-
-def _columns(x_gKO: Tensor, N_gg: Tensor, floor_KO: Tensor, ceiling_KO: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights with the feedback inside the group, and their nearest grid points, both in units of the scale.
-
-    `N_gg` is M with its columns divided by the diagonal. In units of the scale the zero is an integer
-    shift, so a step is: round, clamp, subtract, feed forward.
-    """
-    g = len(x_gKO)
-    y_gKO, q_gKO, d_gKO = x_gKO.clone(), torch.empty_like(x_gKO), torch.empty_like(x_gKO)
-    y_gR, floor_R, ceiling_R = y_gKO.view(g, -1), floor_KO.reshape(-1), ceiling_KO.reshape(-1)
-    columns = list(zip(*(t.view(g, -1).unbind() for t in (x_gKO, y_gKO, q_gKO, d_gKO)), strict=True))
-    for start in range(0, g, SLICE):
-        stop = min(start + SLICE, g)
-        if start:
-            add_product(y_gKO[start:stop], N_gg[:start, start:stop].T, d_gKO[:start])
-        for j in range(start, stop):
-            x_R, y_R, q_R, d_R = columns[j]
-            torch.round(y_R, out=q_R)
-            torch.clamp(q_R, floor_R, ceiling_R, out=q_R)
-            torch.sub(x_R, q_R, out=d_R)
-            if j + 1 < stop:
-                y_gR[j + 1 : stop].addcmul_(N_gg[j, j + 1 : stop, None], d_R)
-    return y_gKO, q_gKO
+        if found and group.stop - found[-1][0].start <= SPAN:
+            found[-1].append(group)
+        else:
+            found.append([group])
+    return found
