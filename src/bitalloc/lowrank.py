@@ -1,9 +1,10 @@
 """W ~ Q + L R: a whitened truncated SVD beside the codes, the two fitted in turns.
 
 Minimises ||(W - Q - L R) M||_F with M M^T = H + lambda I (CALDERA, Saha et al. 2024, sect. 3; QERA, Zhang
-et al. 2024). The low-rank part of W comes first; then each round quantises the rest and takes the best L R
-for what quantisation left. Starting with the quantisation ends higher, and a round that ends in the codes
-gains next to nothing over the one before (docs/LOG.md). Errors over rounds are not monotone, so every pair
+et al. 2024). There are two starts: the low-rank part of W first and the rest quantised, better on the trained
+models at hand, or the codes of W first, better where a few inputs are outliers. Each round quantises what the
+low-rank part leaves and takes the best L R for what the codes leave; a round that ends in the codes gains
+next to nothing (docs/LOG.md has all three measured). Errors over rounds are not monotone, so every pair
 (Q, L R) is a candidate, judged as it will be stored, and the best is kept.
 
 Shapes: O outputs (rows), I inputs (columns), R rank or, in X_IR, rows of all stacked items, G groups.
@@ -24,7 +25,8 @@ from bitalloc.quant.grid import SMALLEST
 __all__ = ["Decomposition", "Factor", "Item", "Target", "compress", "decompose", "leading", "stacks"]
 
 FULL = 512  # largest min(O, I) at which the SVD is exact
-OVERSAMPLING, ROUNDS, ROUNDS_FROM_GUESS = 1.5, 3, 1
+OVERSAMPLING, ROUNDS = 1.5, 3
+EXTRA = 8  # columns of the sketch beside a guess
 
 
 @dataclass(frozen=True)
@@ -134,42 +136,61 @@ def compress(stack: Sequence[Item], *, iterations: int, matrices: bool = True) -
     """
     if stack[0][1].quantizer == PASS_THROUGH:
         return [_pass_through(target, option) for target, option in stack]
+    wanted = len(stack)
+    stack = list(stack)
+    # the other start needs the codes of W itself: those of rank 0, which most stacks hold anyway
+    plain = {(id(target), option.bits): k for k, (target, option) in enumerate(stack) if not option.rank}
+    for target, option in stack[:wanted] if iterations else []:
+        if (id(target), option.bits) not in plain:
+            plain[id(target), option.bits] = len(stack)
+            stack.append((target, replace(option, rank=0)))
     places = [target.arranged(option.group_size) for target, option in stack]
     parts = [place.start(option) for place, (_, option) in zip(places, stack, strict=True)]
-    best: list[Decomposition | None] = [None] * len(stack)
+    best: list[Decomposition | None] = [None] * wanted
+    live = list(range(len(stack)))
     for round_ in range(max(1, iterations)):
-        live = [k for k, (_, option) in enumerate(stack) if option.rank or not round_]
-        if not live:
-            break
         rows, grid = _quantise([stack[k] for k in live], [places[k] for k in live], [parts[k] for k in live])
-        for k, part in zip(live, rows, strict=True):
-            (target, option), place, lowrank = stack[k], places[k], parts[k]
+        at = dict(zip(live, rows, strict=True))
+        bases = {k: _Basis(grid.E_IR[:, at[k]]) for k in plain.values()} if not round_ else {}
+        for k in live:
+            if k >= wanted:
+                continue
+            (target, option), place, part = stack[k], places[k], at[k]
             found = _Pair(
-                lowrank, float(grid.error_R[part].sum()), float(grid.square_R[part].sum()), grid.D_IR[:, part]
+                parts[k], part, grid.D_IR[:, part], float(grid.error_R[part].sum()), float(grid.square_R[part].sum())
             )
-            if lowrank is not None and iterations:
-                refitted = _refit(place.order, option, lowrank, D_IO=found.D_IO, E_IO=grid.E_IR[:, part])
-                parts[k] = refitted.lowrank
-                found = min(found, refitted, key=lambda pair: pair.objective)
+            if option.rank and iterations:
+                pairs = [found, _refit(place.order, option, found, grid.E_IR[:, part])]
+                if not round_:
+                    zero = plain[id(target), option.bits]
+                    codes = at[zero]
+                    factors = _factors(*bases[zero].leading(option.rank), place.order, option)
+                    pairs.append(_beside(place.order, factors, codes, grid.E_IR[:, codes], grid.D_IR[:, codes]))
+                found = min(pairs, key=lambda pair: pair.objective)
+                parts[k] = found.lowrank
             if (kept := best[k]) is None or found.objective < kept.objective:
                 best[k] = Decomposition(
-                    _stored(option, grid, part, found.lowrank, place.order) if matrices else None,
+                    _stored(option, grid, found, place.order) if matrices else None,
                     error=max(found.objective - target.factor.lam * found.square, 0.0),
                     square=found.square,
-                    energy=_square(place.W_IO - found.D_IO),
+                    energy=_distance(place.W_IO, found.D_IO),
                     objective=found.objective,
                 )
+        live = [k for k in live if stack[k][1].rank]
+        if not live:
+            break
     return [result for result in best if result is not None]
 
 
 @dataclass(frozen=True)
 class _Pair:
-    """The low-rank part beside some codes, and what the two leave of W."""
+    """A low-rank part (or none) beside the codes in `rows` of a grid, and what the two leave of W."""
 
     lowrank: _LowRank | None
+    rows: slice
+    D_IO: Tensor
     objective: float
     square: float
-    D_IO: Tensor
 
 
 def _pass_through(target: Target, option: Option) -> Decomposition:
@@ -201,17 +222,22 @@ def _quantise(
     return together.rows, quantizer(first.quantizer)(X_IR, together, order)
 
 
-def _refit(order: Order, option: Option, lowrank: _LowRank, *, D_IO: Tensor, E_IO: Tensor) -> _Pair:
-    """The best low-rank part for the codes that left D = W - Q - L R, whitened E = D M."""
-    R_IR, L_RO = lowrank.transposed(order)
+def _refit(order: Order, option: Option, pair: _Pair, E_IO: Tensor) -> _Pair:
+    """The same codes beside the best low-rank part for them; E is the whitened residual of the pair."""
+    assert pair.lowrank is not None
+    R_IR, L_RO = pair.lowrank.transposed(order)
     # adding L R M gives (W - Q) M without another product with M
     whitened_IO = torch.addmm(E_IO, order.whiten(R_IR), L_RO)
-    rest_IO = torch.addmm(D_IO, R_IR, L_RO)
-    refitted = _factors(*leading(whitened_IO, option.rank, guess=L_RO), order, option)
-    R_IR, L_RO = refitted.transposed(order)
-    whitened_IO.addmm_(order.whiten(R_IR), L_RO, alpha=-1)
-    rest_IO.addmm_(R_IR, L_RO, alpha=-1)
-    return _Pair(refitted, _square(whitened_IO), _square(rest_IO), rest_IO)
+    lowrank = _factors(*leading(whitened_IO, option.rank, guess=L_RO), order, option)
+    return _beside(order, lowrank, pair.rows, whitened_IO, torch.addmm(pair.D_IO, R_IR, L_RO))
+
+
+def _beside(order: Order, lowrank: _LowRank, rows: slice, whitened_IO: Tensor, rest_IO: Tensor) -> _Pair:
+    """The low-rank part beside codes that leave `rest` = W - Q, `whitened` = (W - Q) M."""
+    R_IR, L_RO = lowrank.transposed(order)
+    E_IO = torch.addmm(whitened_IO, order.whiten(R_IR), L_RO, alpha=-1)
+    D_IO = torch.addmm(rest_IO, R_IR, L_RO, alpha=-1)
+    return _Pair(lowrank, rows, D_IO, _square(E_IO), _square(D_IO))
 
 
 def _factors(A_IR: Tensor, B_RO: Tensor, order: Order, option: Option) -> _LowRank:
@@ -241,9 +267,7 @@ class _Basis:
         width = min(self.Y_IO.shape)
         rank = min(rank, width)
         # a ladder of widths, so that ranks share a decomposition and the one used depends on the rank alone
-        rung = 1
-        while rung < rank:
-            rung *= 4
+        rung = 16 if rank <= 16 else max(256, 1 << (rank - 1).bit_length())
         if _exact(self.Y_IO, rung):
             rung = width
         if rung not in self._found:
@@ -257,7 +281,7 @@ def leading(Y_IO: Tensor, rank: int, *, guess: Tensor | None = None) -> tuple[Te
 
     Exact up to min(O, I) = 512; above, a seeded randomised subspace iteration (Halko et al. 2011, alg. 4.4)
     with sketch 1.5 R and 3 rounds, whose error is within 1 % of the optimum on the spectra of weights. From
-    rows `guess` [R, O] that nearly span what is sought, one round is enough.
+    rows `guess` [R, O] that nearly span what is sought, sketch R + 8 and one round are enough.
     """
     rank = min(rank, *Y_IO.shape)
     if not _exact(Y_IO, rank):
@@ -279,14 +303,13 @@ def _sketch(rank: int) -> int:
 
 
 def _subspace(Y_IO: Tensor, rank: int, guess: Tensor | None) -> tuple[Tensor, Tensor]:
-    draw = torch.randn(Y_IO.shape[1], _sketch(rank), generator=torch.Generator().manual_seed(0)).to(Y_IO)
-    rounds = ROUNDS
+    sketch, rounds = (_sketch(rank), ROUNDS) if guess is None else (rank + EXTRA, 1)
+    draw = torch.randn(Y_IO.shape[1], sketch, generator=torch.Generator().manual_seed(0)).to(Y_IO)
     if guess is not None:
         # scaled like the draws; ranks that hold nothing keep theirs
         size = guess.square().sum(1).sqrt()
         known = torch.nonzero(size > 0).flatten()
         draw[:, known] = (guess[known] / size[known, None]).T * Y_IO.shape[1] ** 0.5
-        rounds = ROUNDS_FROM_GUESS
     Q_IS = _orthonormal(Y_IO @ draw, passes=1)
     for k in range(rounds):
         Q_IS = _orthonormal(Y_IO @ _orthonormal(Y_IO.T @ Q_IS, passes=1), passes=2 if k == rounds - 1 else 1)
@@ -307,7 +330,8 @@ def _orthonormal(Y: Tensor, passes: int) -> Tensor:
     return Y
 
 
-def _stored(option: Option, grid: Grid, rows: slice, lowrank: _LowRank | None, order: Order) -> CompressedMatrix:
+def _stored(option: Option, grid: Grid, pair: _Pair, order: Order) -> CompressedMatrix:
+    rows, lowrank = pair.rows, pair.lowrank
     codes_IO = grid.codes_IR[:, rows]
     zero_OG = None if option.symmetric else order.stored_groups(grid.zero_GR[:, rows]).T.contiguous().cpu()
     matrix = CompressedMatrix(
@@ -325,4 +349,10 @@ def _stored(option: Option, grid: Grid, rows: slice, lowrank: _LowRank | None, o
 
 
 def _square(X: Tensor) -> float:
-    return float(X.square().sum(dtype=torch.float64))
+    """||X||_F^2: rows in float32, in one pass and without a copy, their sum in float64."""
+    return float(torch.linalg.vector_norm(X, dim=1).double().square().sum())
+
+
+def _distance(A_IO: Tensor, B_IO: Tensor) -> float:
+    """||A - B||_F^2, a block of rows at a time."""
+    return sum(_square(a - b) for a, b in zip(A_IO.split(256), B_IO.split(256), strict=True))

@@ -97,6 +97,9 @@ def compress(W_OI: Tensor, H_II: Tensor, option: Option, *, damping: float, act_
     if not option.rank:
         return quantised(W_OI)
     LR, candidates = lowrank(W_OI, M_II, option.rank), []
+    if iterations:
+        Q = quantised(W_OI)
+        candidates.append(Q + lowrank(W_OI - Q, M_II, option.rank))
     for _ in range(max(1, iterations)):
         Q = quantised(W_OI - LR)
         candidates.append(Q + LR)

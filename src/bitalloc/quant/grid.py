@@ -60,3 +60,7 @@ class Grid:
             error_R=X_IR.new_zeros(rows, dtype=torch.float64),
             square_R=X_IR.new_zeros(rows, dtype=torch.float64),
         )
+
+    def sums(self, rows: slice) -> tuple[float, float]:
+        """||E||_F^2 and ||D||_F^2 of one item."""
+        return float(self.error_R[rows].sum()), float(self.square_R[rows].sum())
