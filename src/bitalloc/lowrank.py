@@ -156,17 +156,13 @@ def compress(stack: Sequence[Item], *, iterations: int, matrices: bool = True) -
             if k >= wanted:
                 continue
             (target, option), place, part = stack[k], places[k], at[k]
-            found = _Pair(
-                parts[k], part, grid.D_IR[:, part], float(grid.error_R[part].sum()), float(grid.square_R[part].sum())
-            )
+            found = _Pair(parts[k], part, grid.D_IR[:, part], *grid.sums(part))
             if option.rank and iterations:
-                pairs = [found, _refit(place.order, option, found, grid.E_IR[:, part])]
+                refit = _refit(place.order, option, found, grid.E_IR[:, part])
                 if not round_:
                     zero = plain[id(target), option.bits]
-                    codes = at[zero]
-                    factors = _factors(*bases[zero].leading(option.rank), place.order, option)
-                    pairs.append(_beside(place.order, factors, codes, grid.E_IR[:, codes], grid.D_IR[:, codes]))
-                found = min(pairs, key=lambda pair: pair.objective)
+                    refit = min(refit, _fit(bases[zero], option, at[zero], grid), key=lambda fit: fit.objective)
+                found = min(found, _rounded(place.order, option, refit), key=lambda pair: pair.objective)
                 parts[k] = found.lowrank
             if (kept := best[k]) is None or found.objective < kept.objective:
                 best[k] = Decomposition(
@@ -222,22 +218,49 @@ def _quantise(
     return together.rows, quantizer(first.quantizer)(X_IR, together, order)
 
 
-def _refit(order: Order, option: Option, pair: _Pair, E_IO: Tensor) -> _Pair:
-    """The same codes beside the best low-rank part for them; E is the whitened residual of the pair."""
+@dataclass(frozen=True)
+class _Fit:
+    """The best low-rank part A B of the whitened residual Y of some codes, before it is rounded."""
+
+    A_IR: Tensor
+    B_RO: Tensor
+    rows: slice  # of the codes
+    Y_IO: Tensor  # (W - Q) M
+    rest: tuple[Tensor, ...]  # W - Q as D, or as D, R and L with W - Q = D + R L
+    objective: float
+
+
+def _fit(basis: _Basis, option: Option, rows: slice, grid: Grid) -> _Fit:
+    """For the codes of W itself."""
+    A_IR, B_RO = basis.leading(option.rank)
+    return _Fit(A_IR, B_RO, rows, basis.Y_IO, (grid.D_IR[:, rows],), grid.sums(rows)[0] - _energy(A_IR, B_RO))
+
+
+def _refit(order: Order, option: Option, pair: _Pair, E_IO: Tensor) -> _Fit:
+    """For the codes of a pair, whose whitened residual is E."""
     assert pair.lowrank is not None
     R_IR, L_RO = pair.lowrank.transposed(order)
     # adding L R M gives (W - Q) M without another product with M
-    whitened_IO = torch.addmm(E_IO, order.whiten(R_IR), L_RO)
-    lowrank = _factors(*leading(whitened_IO, option.rank, guess=L_RO), order, option)
-    return _beside(order, lowrank, pair.rows, whitened_IO, torch.addmm(pair.D_IO, R_IR, L_RO))
+    Y_IO = torch.addmm(E_IO, order.whiten(R_IR), L_RO)
+    A_IR, B_RO = leading(Y_IO, option.rank, guess=L_RO)
+    rest = (pair.D_IO, R_IR, L_RO)
+    return _Fit(A_IR, B_RO, pair.rows, Y_IO, rest, _square(Y_IO) - _energy(A_IR, B_RO))
 
 
-def _beside(order: Order, lowrank: _LowRank, rows: slice, whitened_IO: Tensor, rest_IO: Tensor) -> _Pair:
-    """The low-rank part beside codes that leave `rest` = W - Q, `whitened` = (W - Q) M."""
+def _rounded(order: Order, option: Option, fit: _Fit) -> _Pair:
+    """The fit as it is stored."""
+    lowrank = _factors(fit.A_IR, fit.B_RO, order, option)
     R_IR, L_RO = lowrank.transposed(order)
-    E_IO = torch.addmm(whitened_IO, order.whiten(R_IR), L_RO, alpha=-1)
-    D_IO = torch.addmm(rest_IO, R_IR, L_RO, alpha=-1)
-    return _Pair(lowrank, rows, D_IO, _square(E_IO), _square(D_IO))
+    E_IO = torch.addmm(fit.Y_IO, order.whiten(R_IR), L_RO, alpha=-1)
+    D_IO = torch.addmm(fit.rest[0], R_IR, L_RO, alpha=-1)
+    if len(fit.rest) > 1:
+        D_IO.addmm_(*fit.rest[1:])
+    return _Pair(lowrank, fit.rows, D_IO, _square(E_IO), _square(D_IO))
+
+
+def _energy(A_IR: Tensor, B_RO: Tensor) -> float:
+    """||A B||_F^2."""
+    return float(((A_IR.T @ A_IR) * (B_RO @ B_RO.T)).sum(dtype=torch.float64))
 
 
 def _factors(A_IR: Tensor, B_RO: Tensor, order: Order, option: Option) -> _LowRank:
@@ -267,7 +290,7 @@ class _Basis:
         width = min(self.Y_IO.shape)
         rank = min(rank, width)
         # a ladder of widths, so that ranks share a decomposition and the one used depends on the rank alone
-        rung = 16 if rank <= 16 else max(256, 1 << (rank - 1).bit_length())
+        rung = next((step for step in (16, 64, 256) if rank <= step), 1 << (rank - 1).bit_length())
         if _exact(self.Y_IO, rung):
             rung = width
         if rung not in self._found:
@@ -280,7 +303,7 @@ def leading(Y_IO: Tensor, rank: int, *, guess: Tensor | None = None) -> tuple[Te
     """A_IR, B_RO with A B the best rank-R approximation of Y_IO (Eckart-Young), strongest rank first.
 
     Exact up to min(O, I) = 512; above, a seeded randomised subspace iteration (Halko et al. 2011, alg. 4.4)
-    with sketch 1.5 R and 3 rounds, whose error is within 1 % of the optimum on the spectra of weights. From
+    with sketch 1.5 R and 3 rounds, whose error is within about 1 % of the optimum on weights and residuals. From
     rows `guess` [R, O] that nearly span what is sought, sketch R + 8 and one round are enough.
     """
     rank = min(rank, *Y_IO.shape)
