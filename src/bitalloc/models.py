@@ -114,7 +114,8 @@ def open_checkpoint(where: Path) -> Checkpoint:
 
 def _open(path: Path) -> Any:
     try:
-        return safe_open(path, framework="pt")
+        # read, not mapped: mapped pages stay with the process until it holds the whole checkpoint
+        return safe_open(path, framework="pt", backend="pread")
     except (SafetensorError, OSError) as error:
         reason = " ".join(str(error).split())
         raise BitallocError(f"{path} is truncated or not safetensors ({reason}); fetch it again") from None

@@ -169,7 +169,7 @@ class Reader:
             path, record = self.folder / file, self.manifest["files"].get(file)
             if record is None or not path.is_file() or file_digest(path) != record["sha256"]:
                 raise BitallocError(f"{path} is missing, truncated or damaged; delete the folder and rerun")
-            self._files[file] = safe_open(path, framework="pt")
+            self._files[file] = safe_open(path, framework="pt", backend="pread")
         return self._files[file]
 
 
