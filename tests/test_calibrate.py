@@ -65,7 +65,11 @@ def naive(name: str, path: Path, *, token_normalised: bool = False) -> dict[str,
 
 @EVERY
 @pytest.mark.parametrize("token_normalised", [False, True])
-def test_equals_hooks_on_the_whole_model(name: str, token_normalised: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("panel", [models.PANEL, 20])
+def test_equals_hooks_on_the_whole_model(
+    name: str, token_normalised: bool, panel: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "PANEL", panel)
     path, store = save(name, tmp_path / "model"), Store(tmp_path / "store")
     moments = run(name, path, store.root, token_normalised=token_normalised).set_index("site")
     expected = naive(name, path, token_normalised=token_normalised)
@@ -133,6 +137,7 @@ def test_never_more_than_a_block_or_the_embeddings(name: str, tmp_path: Path, mo
     assert all(any(filled <= part for part in allowed) for filled in resident)
     assert set().union(*resident) == set().union(*allowed)
     assert all(parameter.is_meta for parameter in hollow[0].parameters())
+    assert not any(module._forward_pre_hooks for module in hollow[0].modules())  # they would hold all moments
 
 
 class Killed(BaseException):
@@ -220,3 +225,17 @@ def test_dead_inputs_have_a_finite_outlier_ratio(tmp_path: Path) -> None:
     record = moment.put(Store(tmp_path), "ab" * 32, site="0.x", block=0)
     assert record["trace"] == 0.5
     assert np.isfinite(record["outlier_ratio"])
+
+
+def test_a_shard_holds_little_more_than_half_of_a_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "PANEL", 16)
+    store, X_TI = Store(tmp_path), torch.randn(300, 200, generator=torch.Generator().manual_seed(0))
+    moment = stage._Moment(200, token_normalised=False, device=CPU)
+    for batch in X_TI.split(70):
+        moment.hook(torch.nn.Identity(), (batch,))
+    moment.put(store, "ab" * 32, site="0.x", block=0)
+    assert store.tensors("ab" * 32).stat().st_size < 0.58 * 4 * 200**2
+    assert moment.sums == []  # let go of
+    H_II = models.read_moment(store, "ab" * 32)
+    torch.testing.assert_close(H_II, (X_TI.T.double() @ X_TI.double() / 300).float(), rtol=0, atol=1e-5)
+    assert torch.equal(H_II, H_II.T)

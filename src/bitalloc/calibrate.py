@@ -24,17 +24,14 @@ from torch import nn
 from bitalloc.config import Calibrate
 from bitalloc.errors import BitallocError
 from bitalloc.families import Family
-from bitalloc.models import Checkpoint, drop, materialise, read_config, skeleton, working_dtype
+from bitalloc.models import Checkpoint, drop, materialise, panels, read_config, skeleton, working_dtype
 from bitalloc.progress import Progress
 from bitalloc.provenance import source_digest
 from bitalloc.store import JSON, Store, digest, write_atomically
 from bitalloc.tables import MOMENTS
 
-# up to this many inputs, batches are summed in float64: at most 512 MiB a site
-EXACT_DIM = 8192
-
 Batches = tuple[torch.Tensor, ...]
-Call = tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]
+Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def calibrate(
@@ -81,35 +78,41 @@ def calibrate(
 
 
 class _Moment:
-    """The running sum of x x^T over the tokens of one site."""
+    """The running sum of x x^T over the tokens of one site: panels in float64, as much as H_II in float32."""
 
     def __init__(self, dim: int, *, token_normalised: bool, device: torch.device) -> None:
-        self.token_normalised, self.n_tokens = token_normalised, 0
-        dtype = torch.float64 if dim <= EXACT_DIM else torch.float32
-        self.sum_II = torch.zeros(dim, dim, dtype=dtype, device=device)
+        self.token_normalised, self.device, self.n_tokens = token_normalised, device, 0
+        self.panels = panels(dim)
+        self.sums = [
+            torch.zeros(rows.stop - rows.start, dim - rows.start, dtype=torch.float64, device=device)
+            for rows in self.panels
+        ]
 
     def hook(self, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         X_TI = inputs[0].reshape(-1, inputs[0].shape[-1]).float()
         if self.token_normalised:
             X_TI = nn.functional.normalize(X_TI, dim=1)
-        self.sum_II += X_TI.T @ X_TI
+        for place, rows in enumerate(self.panels):
+            self.sums[place] += X_TI[:, rows].T @ X_TI[:, rows.start :]
         self.n_tokens += len(X_TI)
 
     def put(self, store: Store, key: str, *, site: str, block: int) -> JSON:
-        """Store H_II; returns its row of MOMENTS."""
-        H_II = (self.sum_II / self.n_tokens).float().cpu()
-        if not H_II.isfinite().all():
-            raise BitallocError(
-                f"the inputs of site {site} hold NaN or Inf: weights before it are damaged or overflow as "
-                f"{working_dtype(self.sum_II.device)}; fetch the checkpoint again"
-            )
-        diagonal_I = H_II.diagonal().double()
+        """Store H_II and let go of the sum; returns its row of MOMENTS."""
+        held = {}
+        for rows in self.panels:
+            held[f"H_{rows.start}"] = panel = (self.sums.pop(0) / self.n_tokens).float().cpu()
+            if not panel.isfinite().all():
+                raise BitallocError(
+                    f"the inputs of site {site} hold NaN or Inf: weights before it are damaged or overflow as "
+                    f"{working_dtype(self.device)}; fetch the checkpoint again"
+                )
+        diagonal_I = torch.cat([panel.diagonal() for panel in held.values()]).double()
         floor = torch.finfo(torch.float32).tiny  # inputs that are always 0
-        tensors = save({"H_II": H_II})
+        tensors = save(held)
         record = {
             "site": site,
             "block": block,
-            "dim": len(H_II),
+            "dim": len(diagonal_I),
             "n_tokens": self.n_tokens,
             "trace": diagonal_I.sum().item(),
             "outlier_ratio": (diagonal_I.max() / diagonal_I.median().clamp_min(floor)).item(),
@@ -162,7 +165,7 @@ def _scratch(folder: Path, batches: int) -> Iterator[_Scratch]:
 
 # ---- one block at a time -----------------------------------------------------------------------------
 class _Recorded(Exception):  # noqa: N818 - a signal, no error
-    """Every block has been called."""
+    """Every block has been called; carries the hidden states, which no block has changed."""
 
 
 class _Stream:
@@ -183,13 +186,15 @@ class _Stream:
         start = max(start, 0)
         progress = Progress("calibrate", last + 1 - start, unit="blocks")
         for block in range(start, last + 1):
-            moments = {}
+            moments, hooks = {}, []
             for row in missing[missing["block"] == block].itertuples():
                 moment = _Moment(row.columns, token_normalised=token_normalised, device=self.device)
-                self.model.get_submodule(row.layer).register_forward_pre_hook(moment.hook)
+                hooks.append(self.model.get_submodule(row.layer).register_forward_pre_hook(moment.hook))
                 moments[row.site] = moment
             with torch.inference_mode():
                 self._advance(block, calls, keep=block < last)
+            for hook in hooks:  # the model would hold the sums of all blocks
+                hook.remove()
             yield block, moments
             self.scratch.drop(block)
             progress.advance()
@@ -207,30 +212,30 @@ class _Stream:
         calls: dict[int, list[Call]] = {}
         for batch, ids in enumerate(self.batches):
             if fresh or len(ids) not in calls:
-                recorded = self._record(ids.to(self.device))
+                hidden, recorded = self._record(ids.to(self.device))
                 calls.setdefault(len(ids), recorded)
                 if fresh:
-                    self.scratch.write(0, batch, recorded[0][0])
+                    self.scratch.write(0, batch, hidden)
         for name in embeddings:
             drop(self.model.get_submodule(name))
         return calls
 
-    def _record(self, ids: torch.Tensor) -> list[Call]:
-        """How the model calls its blocks on `ids`; they are not run."""
+    def _record(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[Call]]:
+        """What enters the first block on `ids`, and how the model calls its blocks; they are not run."""
         recorded: list[Call] = []
 
         def record(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            recorded.append((hidden, args, kwargs))
+            recorded.append((args, kwargs))
             if len(recorded) == len(self.blocks):
-                raise _Recorded
+                raise _Recorded(hidden)
             return hidden
 
         for block in self.blocks:
             block.forward = record
         try:
             self.model(ids, use_cache=False)
-        except _Recorded:
-            return recorded
+        except _Recorded as signal:
+            return signal.args[0], recorded
         finally:
             for block in self.blocks:
                 del block.forward
@@ -240,7 +245,7 @@ class _Stream:
         """Run one block on all batches; the hooks see its inputs, `keep` writes what enters the next."""
         self._fill(f"{self.family.blocks}.{block}")
         for batch, ids in enumerate(self.batches):
-            _, args, kwargs = calls[len(ids)][block]
+            args, kwargs = calls[len(ids)][block]
             out = self.blocks[block](self.scratch.read(block, batch).to(self.device), *args, **kwargs)
             if keep:
                 self.scratch.write(block + 1, batch, out[0] if isinstance(out, tuple) else out)

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import nn
 
 from bitalloc.config import Model
@@ -24,6 +23,7 @@ from bitalloc.families import Family, family
 from bitalloc.store import Store
 
 INDEX = "model.safetensors.index.json"
+PANEL = 512  # rows of H_II
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
@@ -114,7 +114,8 @@ def open_checkpoint(where: Path) -> Checkpoint:
 
 def _open(path: Path) -> Any:
     try:
-        return safe_open(path, framework="pt")
+        # read, not mapped: mapped pages stay with the process until it holds the whole checkpoint
+        return safe_open(path, framework="pt", backend="pread")
     except (SafetensorError, OSError) as error:
         reason = " ".join(str(error).split())
         raise BitallocError(f"{path} is truncated or not safetensors ({reason}); fetch it again") from None
@@ -269,6 +270,17 @@ def _parameters(module: nn.Module) -> list[tuple[str, str, nn.Parameter]]:
 
 
 # ---- moments -----------------------------------------------------------------------------------------
+def panels(dim: int) -> list[slice]:
+    """The rows of H_II that are summed and stored together, a panel from its first row's column on.
+
+    What lies left of that is symmetric: a shard holds little more than half of H_II.
+
+    >>> panels(600)
+    [slice(0, 512, None), slice(512, 600, None)]
+    """
+    return [slice(start, min(start + PANEL, dim)) for start in range(0, dim, PANEL)]
+
+
 def read_moment(store: Store, key: str) -> torch.Tensor:
     """H_II [I, I], float32, from the shard that a row of MOMENTS names."""
     path = store.tensors(key)
@@ -276,4 +288,14 @@ def read_moment(store: Store, key: str) -> torch.Tensor:
         raise BitallocError(
             f"the moments {key[:12]} are missing from {store.root} or damaged; delete moments.parquet and rerun"
         )
-    return load_file(path)["H_II"]
+    with _open(path) as shard:
+        names = shard.keys()
+        dim = max(shard.get_slice(name).get_shape()[1] for name in names)
+        H_II = torch.empty(dim, dim)
+        for name in names:
+            panel = shard.get_tensor(name)
+            start = dim - panel.shape[1]
+            stop = start + len(panel)
+            H_II[start:, start:stop] = panel.T
+            H_II[start:stop, start:] = panel
+    return H_II

@@ -85,6 +85,7 @@ def inventory(name: str, path: Path, family: Family) -> pd.DataFrame:
                 "digest": hashlib.sha256(stored.flatten().view(torch.uint8).numpy()).hexdigest(),
             }
         )
+        del stored  # before the next one comes: the embedding and the head may be neighbours
     embeddings = {row["digest"] for row in rows if row["kind"] == "embedding"}
     for row in rows:
         # a head that differs from the embedding is a head of its own, whatever config.json says

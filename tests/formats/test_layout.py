@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from bitalloc.config import Sweep
 from bitalloc.errors import BitallocError
-from bitalloc.formats.layout import METADATA, checkpoint_nbytes, layout, matrix_tensors, nbytes, rest_nbytes
+from bitalloc.formats.layout import METADATA, checkpoint_nbytes, header, layout, matrix_tensors, nbytes, rest_nbytes
 from bitalloc.option import Option
 
 TORCH = {
@@ -85,8 +85,9 @@ def test_tensors_are_listed_in_the_order_of_the_file(tmp_path):
     assert list(files) == ["block-00000.safetensors", "block-00001.safetensors", "rest.safetensors"]
     for file, tensors in files.items():
         data = (tmp_path / file).read_bytes()
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        assert [name for name in header if name != "__metadata__"] == [tensor.name for tensor in tensors]
+        fields = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        assert [name for name in fields if name != "__metadata__"] == [tensor.name for tensor in tensors]
+        assert data.startswith(header(tensors))
 
 
 def test_tied_heads_and_buffers_are_not_stored():

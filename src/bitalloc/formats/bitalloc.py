@@ -9,6 +9,7 @@ Legend: W_OI a matrix of O outputs and I inputs.
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import json
 import os
 import shutil
@@ -19,12 +20,11 @@ from typing import Any
 import pandas as pd
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from bitalloc import families
 from bitalloc.config import Sweep
 from bitalloc.errors import BitallocError
-from bitalloc.formats.layout import METADATA, block_file, layout, matrix_tensors
+from bitalloc.formats.layout import METADATA, Stored, block_file, header, layout, matrix_tensors
 from bitalloc.models import Checkpoint, materialise, skeleton, working_dtype
 from bitalloc.option import Option, from_row
 from bitalloc.quant import CompressedMatrix
@@ -77,15 +77,13 @@ def save(
     try:
         temporary.mkdir(parents=True)
         written = {}
-        for file, layout_of_file in files.items():
+        for file, tensors in files.items():
             found: dict[str, torch.Tensor] = {}
             for row in plan.to_dict("records"):
                 if block_file(row["block"]) == file:
                     parts = matrix(row["layer"], from_row(row, sweep)).tensors()
                     found |= {f"{row['layer']}.{name}": tensor for name, tensor in parts.items()}
-            for name, _, shape in layout_of_file:
-                found[name] = (found[name] if name in found else source.tensor(name)).reshape(shape).contiguous()
-            written[file] = _write(temporary / file, found)
+            written[file] = _write(temporary / file, tensors, found, source)
         for small in _small_files(source.path):
             shutil.copyfile(source.path / small, temporary / small)
         write_atomically(temporary / MANIFEST, canonical({**content, "files": written}).encode())
@@ -169,7 +167,7 @@ class Reader:
             path, record = self.folder / file, self.manifest["files"].get(file)
             if record is None or not path.is_file() or file_digest(path) != record["sha256"]:
                 raise BitallocError(f"{path} is missing, truncated or damaged; delete the folder and rerun")
-            self._files[file] = safe_open(path, framework="pt")
+            self._files[file] = safe_open(path, framework="pt", backend="pread")
         return self._files[file]
 
 
@@ -194,11 +192,26 @@ def _check_equal(folder: Path, content: Mapping[str, Any]) -> None:
         reader._open(file)
 
 
-def _write(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    save_file(tensors, path, metadata=METADATA)
-    with path.open("rb") as file:
+def _write(path: Path, tensors: list[Stored], made: Mapping[str, torch.Tensor], source: Checkpoint) -> dict[str, Any]:
+    """A safetensors file of tensors `made` or of the source, those one at a time: a head is larger than a block."""
+    whole = hashlib.sha256()
+    with path.open("wb") as file:
+
+        def put(data: Any) -> None:
+            file.write(data)
+            whole.update(data)
+
+        put(header(tensors))
+        for stored in tensors:
+            tensor = made[stored.name] if stored.name in made else source.tensor(stored.name)
+            if tensor.nbytes != stored.nbytes:
+                raise BitallocError(
+                    f"{stored.name} takes {tensor.nbytes} bytes, {stored.nbytes} were promised; report this"
+                )
+            put(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        file.flush()
         os.fsync(file.fileno())
-    return {"nbytes": path.stat().st_size, "sha256": file_digest(path)}
+    return {"nbytes": path.stat().st_size, "sha256": whole.hexdigest()}
 
 
 def _small_files(folder: Path) -> list[str]:

@@ -134,7 +134,7 @@ def _as_stored(row: dict[str, Any]) -> list[Stored]:
 
 def nbytes(files: Layout) -> int:
     """Bytes on disk of all files: length field, header, data."""
-    return sum(8 + _header_nbytes(tensors) + sum(tensor.nbytes for tensor in tensors) for tensors in files.values())
+    return sum(len(header(tensors)) + sum(tensor.nbytes for tensor in tensors) for tensors in files.values())
 
 
 def checkpoint_nbytes(inventory: pd.DataFrame, plan: pd.DataFrame, sweep: Sweep) -> int:
@@ -160,18 +160,19 @@ def rest_nbytes(inventory: pd.DataFrame, options: Iterable[Option], sweep: Sweep
     )
     files = layout(inventory, plan, sweep)
     far = 2 * int((inventory["rows"] * inventory["columns"]).sum()) + nbytes(files)
-    headers = sum(8 + _header_nbytes(tensors, start=far) for tensors in files.values())
+    headers = sum(len(header(tensors, start=far)) for tensors in files.values())
     return headers + sum(
         t.nbytes for row in inventory[~inventory["claimed"]].to_dict("records") for t in _as_stored(row)
     )
 
 
-def _header_nbytes(tensors: Iterable[Stored], start: int = 0) -> int:
-    """Bytes of the JSON header that safetensors writes, padded with spaces to a multiple of 8."""
-    header: dict[str, Any] = {"__metadata__": METADATA}
+def header(tensors: Iterable[Stored], start: int = 0) -> bytes:
+    """The length field and the JSON header, padded with spaces to a multiple of 8, as safetensors writes them."""
+    fields: dict[str, Any] = {"__metadata__": METADATA}
     for tensor in tensors:
         end = start + tensor.nbytes
-        header[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": (start, end)}
+        fields[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": (start, end)}
         start = end
-    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
-    return -(-length // 8) * 8
+    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
