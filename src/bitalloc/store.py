@@ -8,11 +8,13 @@ that does not match (truncated, flipped, foreign) is treated as absent and compu
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -95,3 +97,23 @@ class Store:
             "tensors_sha256": None if tensors is None else hashlib.sha256(tensors).hexdigest(),
         }
         write_atomically(self.path(key), canonical(shard).encode())
+
+    @contextmanager
+    def lock(self, work: str, waiting: str) -> Iterator[None]:
+        """One process at a time does `work` (a digest): not two runs, nor an orphan that outlived a kill -9.
+
+        Who comes second says `waiting` on stderr and waits; what the first did is in the store by then.
+        """
+        path = self.root / "locks" / f"{work[:24]}.lock"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("w")
+        except OSError as error:
+            raise BitallocError(f"cannot write {path}: {error.strerror}; free space or fix permissions") from None
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(waiting, file=sys.stderr, flush=True)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
