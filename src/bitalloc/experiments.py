@@ -7,12 +7,10 @@ so a run that was killed and resumed ends in the same bytes as one that was not.
 
 from __future__ import annotations
 
-import fcntl
 import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +114,8 @@ class Experiments:
 
         records = stored()
         if len(records) < len(options):
-            with self._lock(layer, digest(sorted(keys.values()))):
+            waiting = f"[sweep] another process computes {layer}; waiting for it"
+            with self.store.lock(digest(sorted(keys.values())), waiting):
                 records = stored()
                 progress.advance(len(records), cached=True)
                 missing = [option for option in options if option not in records]
@@ -211,23 +210,6 @@ class Experiments:
         options = configured(self.sweep)
         total = sum(option.nbytes(row["rows"], row["columns"]) for row in self.layers.values() for option in options)
         return total <= parse_bytes(self.sweep.keep_limit)
-
-    @contextmanager
-    def _lock(self, layer: str, work: str) -> Iterator[None]:
-        """One process at a time does the same work: not two runs, nor an orphan that outlived a kill -9."""
-        path = self.store.root / "locks" / f"{work[:24]}.lock"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = path.open("w")
-        except OSError as error:
-            raise BitallocError(f"cannot write {path}: {error.strerror}; free space or fix permissions") from None
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"[sweep] another process computes {layer}; waiting for it", file=sys.stderr, flush=True)
-                fcntl.flock(file, fcntl.LOCK_EX)
-            yield
 
 
 def _share(part: float, whole: float) -> float:
