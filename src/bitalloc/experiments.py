@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,10 @@ class Experiments:
             records = self._records(layer, options, progress)
             found += [self._row(layer, option, records[option]) for option in options]
         return pd.DataFrame(found, columns=[column.name for column in SWEEP.columns])
+
+    def stored(self, layers: Iterable[str], options: Sequence[Option]) -> int:
+        """How many of `layers` x `options` stand in the store; only `rows` finds out whether they are sound."""
+        return sum(self._key(layer, option) in self.store for layer in layers for option in options)
 
     def matrix(self, layer: str, option: Option) -> CompressedMatrix:
         """The compressed matrix: from the store when it is kept there, else computed, to the same bytes."""

@@ -69,6 +69,10 @@ class Store:
     def path(self, key: str, suffix: str = ".json") -> Path:
         return self.root / key[:2] / f"{key}{suffix}"
 
+    def __contains__(self, key: str) -> bool:
+        """Whether a shard stands under `key`; whether it can be trusted, only `get` says."""
+        return self.path(key).exists()
+
     def get(self, key: str) -> JSON | None:
         """The record under `key`, or None when there is none that can be trusted."""
         try:
