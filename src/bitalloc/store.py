@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from bitalloc.errors import BitallocError
 
@@ -68,6 +69,23 @@ class Store:
 
     def path(self, key: str, suffix: str = ".json") -> Path:
         return self.root / key[:2] / f"{key}{suffix}"
+
+    def identity(self) -> str:
+        """This store and no other, not even a new one in its place: where it lies and a name drawn at random.
+
+        Tables that point into the store may be kept elsewhere under this (Snakemake's cache does).
+        """
+        path = self.root / "id"
+        if not path.exists():
+            with self.lock(digest("id"), f"another process makes the store {self.root}; waiting for it"):
+                if not path.exists():
+                    write_atomically(path, uuid4().hex.encode())
+        return f"{self.root.resolve()} {path.read_text()}"
+
+    def forget(self) -> None:
+        """A shard was lost that tables point to: those that are kept elsewhere must not be taken again."""
+        with suppress(OSError):
+            (self.root / "id").unlink()
 
     def __contains__(self, key: str) -> bool:
         """Whether a shard stands under `key`; whether it can be trusted, only `get` says."""

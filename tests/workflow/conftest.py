@@ -45,6 +45,12 @@ class Project:
             (shutil.copytree if source.is_dir() else shutil.copy)(source, target)
         self.configure(**settings)
 
+    def copy(self, folder: Path) -> "Project":
+        shutil.copytree(self.folder, folder, copy_function=shutil.copy2)
+        copy = object.__new__(Project)
+        copy.folder = folder
+        return copy
+
     def configure(self, **settings: dict) -> None:
         sheet = yaml.safe_load((ROOT / "config/models.yaml").read_text())
         tiny = sheet["models"]["tiny"]["settings"]
@@ -96,7 +102,4 @@ def finished(tmp_path_factory) -> Project:
 @pytest.fixture
 def project(finished, tmp_path) -> Project:
     """A copy of the finished project that a test may change."""
-    shutil.copytree(finished.folder, tmp_path / "project", copy_function=shutil.copy2)
-    copy = object.__new__(Project)
-    copy.folder = tmp_path / "project"
-    return copy
+    return finished.copy(tmp_path / "project")
