@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+# a shell that runs the tests in its background has them, and all that they start, ignore Ctrl-C
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 ROOT = Path(__file__).parents[2]
 PARTS = ("Snakefile", "workflow", "scripts", "config", "resources", "profiles", "envs")
 TARGETS = ("results/tiny/goodhart.png", "results/tiny/report.md")
