@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,8 +20,10 @@ def stage(snakemake: Any) -> Iterator[None]:
     """Run a script's body as one stage of the workflow.
 
     `BitallocError` becomes one line on stderr and exit status 1; anything else keeps its traceback. The
-    log holds the rule, its wildcards, the versions it ran with, and the error, if any.
+    log holds the rule, its wildcards, the versions it ran with, and either the seconds it took or the error.
+    (Snakemake's `benchmark:` may not stand beside `cache:`, so scripts take their time themselves.)
     """
+    start = time.perf_counter() - time.process_time()  # imports lie behind: they count by their CPU seconds
     log = Path(snakemake.log[0])
     record = {
         "rule": snakemake.rule,
@@ -40,6 +43,8 @@ def stage(snakemake: Any) -> Iterator[None]:
             file.write(traceback.format_exc())
         raise
     else:
+        record |= {"wall_s": time.perf_counter() - start, "cpu_s": time.process_time()}
+        log.write_text(json.dumps(record, indent=1) + "\n")
         return
     with log.open("a") as file:
         file.write(line + "\n")
