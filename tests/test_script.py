@@ -46,3 +46,11 @@ def test_the_log_of_a_job_that_failed_claims_no_time(job, tmp_path):
     with pytest.raises(SystemExit), stage(job):
         raise BitallocError("no such thing; make one")
     assert "wall_s" not in (tmp_path / "log").read_text()
+
+
+def test_a_log_that_cannot_be_written_is_one_line(job, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    job.log = [str(tmp_path / "file/log")]
+    with pytest.raises(SystemExit), stage(job):
+        raise AssertionError("nothing runs without a log")
+    assert capsys.readouterr().err.startswith("error: sweep: cannot write")
