@@ -65,7 +65,7 @@ class Store:
     """A folder of shards, addressed by the digest of everything that determines their content."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root
+        self.root, self._said = root, False
 
     def path(self, key: str, suffix: str = ".json") -> Path:
         return self.root / key[:2] / f"{key}{suffix}"
@@ -124,7 +124,7 @@ class Store:
     def lock(self, work: str, waiting: str) -> Iterator[None]:
         """One process at a time does `work` (a digest): not two runs, nor an orphan that outlived a kill -9.
 
-        Who comes second says `waiting` on stderr and waits; what the first did is in the store by then.
+        Who comes second says `waiting` on stderr, once, and waits; what the first did is in the store by then.
         """
         path = self.root / "locks" / f"{work[:24]}.lock"
         try:
@@ -136,6 +136,8 @@ class Store:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                print(waiting, file=sys.stderr, flush=True)
+                if not self._said:  # two that do the same meet at every step
+                    self._said = True
+                    print(waiting, file=sys.stderr, flush=True)
                 fcntl.flock(file, fcntl.LOCK_EX)
             yield
