@@ -3,16 +3,17 @@
 from pathlib import Path
 
 from bitalloc.analyze import summary
-from bitalloc.report import markdown
+from bitalloc.report import markdown, times
 from bitalloc.script import stage
 from bitalloc.store import write_atomically
 from bitalloc.tables import TABLES
 
 
-def main(*, model: str, inputs: dict[str, Path], figures: list[str], path_to_report: Path) -> None:
+def main(*, model: str, inputs: dict[str, Path], figures: list[str], logs: Path, path_to_report: Path) -> None:
     read = {name: TABLES[name].read(path) for name, path in inputs.items()}
     sentences = summary(read["goodhart"], read["evaluate"], read["plans"], read["gates"])
-    write_atomically(path_to_report, markdown(model, **read, sentences=sentences, figures=figures).encode())
+    page = markdown(model, **read, sentences=sentences, figures=figures, times=times(logs))
+    write_atomically(path_to_report, page.encode())
 
 
 if __name__ == "__main__":
@@ -21,5 +22,6 @@ if __name__ == "__main__":
             model=snakemake.wildcards.model,
             inputs={name: Path(path) for name, path in snakemake.input.items() if name in TABLES},
             figures=[Path(path).name for path in snakemake.input.figures],
+            logs=Path(snakemake.log[0]).parent,
             path_to_report=Path(snakemake.output[0]),
         )

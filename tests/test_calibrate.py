@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -199,24 +201,44 @@ def test_nan_names_the_site_and_stores_nothing(tmp_path: Path) -> None:
     assert len(list((tmp_path / "store").glob("??/*.json"))) == 4 + 2
 
 
-def test_no_windows_and_a_second_run_are_one_line(tmp_path: Path) -> None:
+def test_no_windows_are_one_line(tmp_path: Path) -> None:
     path = save("llama", tmp_path / "model")
-    arguments = {
-        "path": path,
-        "family": FAMILIES["llama"],
-        "inventory": retrieve.inventory("m", path, FAMILIES["llama"]),
-        "settings": Calibrate(),
-        "device": CPU,
-    }
     with pytest.raises(BitallocError, match="hold no window of the split calibrate"):
-        stage.calibrate(tokens=windows()[-1:], store=Store(tmp_path), **arguments)
-    folder = tmp_path / "scratch"
-    with (
-        stage._scratch(folder, 1),
-        pytest.raises(BitallocError, match="another run calibrates"),
-        stage._scratch(folder, 1),
-    ):
-        pass
+        stage.calibrate(
+            path=path,
+            family=FAMILIES["llama"],
+            tokens=windows()[-1:],
+            inventory=retrieve.inventory("m", path, FAMILIES["llama"]),
+            settings=Calibrate(),
+            store=Store(tmp_path),
+            device=CPU,
+        )
+
+
+def test_a_second_run_waits_for_the_first_and_does_nothing_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two runs at once, or an orphan that outlived a kill -9: it starts at the first shard of the first."""
+    path, said, filled, second = save("llama", tmp_path / "model"), threading.Event(), [], []
+    put = Store.put
+
+    def slow(self: Store, *args: Any) -> None:
+        if not second:
+            second.append(ThreadPoolExecutor(1).submit(run, "llama", path, tmp_path / "store"))
+            assert said.wait(30)
+        put(self, *args)
+
+    def materialise(module: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        filled.append(prefix)
+        models.materialise(module, prefix, *args, **kwargs)
+
+    monkeypatch.setattr(Store, "put", slow)
+    monkeypatch.setattr(stage, "materialise", materialise)
+    monkeypatch.setattr("bitalloc.store.print", lambda line, **_: "waiting" in line and said.set(), raising=False)
+    first = run("llama", path, tmp_path / "store")
+    assert second[0].result(30).equals(first)
+    blocks = [name for name in filled if name.startswith("model.layers.")]
+    assert blocks == [f"model.layers.{block}" for block in range(BLOCKS)]
 
 
 def test_dead_inputs_have_a_finite_outlier_ratio(tmp_path: Path) -> None:

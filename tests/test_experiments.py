@@ -197,6 +197,57 @@ def test_keys_follow_content_and_nothing_else(world, tmp_path):
     assert not set(keys()) & set(first)
 
 
+def another_code(world, monkeypatch):
+    monkeypatch.setattr(module, "source_digest", lambda *names: "another")
+
+
+def other_weights(world, monkeypatch):
+    world.tensors[f"{Q}.weight"] = world.tensors[f"{Q}.weight"] * 2
+
+
+def other_moments(world, monkeypatch):
+    world.moments["digest"] = world.moments["digest"].where(world.moments["site"] != "0.attn_in", "another")
+
+
+def renamed(world, monkeypatch):
+    world.name = "renamed"
+
+
+def elsewhere(world, monkeypatch):
+    world.folder = world.folder / "elsewhere"
+    (world.folder / "model").mkdir(parents=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "computed"),
+    [
+        (renamed, {}, 0),
+        (elsewhere, {}, 0),
+        (None, {"workspace": "1MB", "unit": "matrix"}, 0),
+        (None, {"bits": [2, 3, 4, 16]}, 2 * 4),  # 4 bits, two groups, two ranks
+        (None, {"damping": 0.2}, 2 * len(ALL)),
+        (None, {"act_order": False}, 2 * len(ALL)),
+        (None, {"iterations": 2}, 2 * len(ALL)),
+        (other_weights, {}, len(ALL)),  # those of q_proj alone
+        (other_moments, {}, len(ALL)),  # those of its site alone
+        (another_code, {}, 2 * len(ALL)),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else str(value),
+)
+def test_a_rerun_computes_what_has_changed_and_nothing_else(world, monkeypatch, change, settings, computed):
+    world.experiments().rows([Q, DOWN], ALL)
+    calls = count_work(monkeypatch)
+    if change:
+        change(world, monkeypatch)
+    again = SETTINGS.model_copy(update=settings)
+    frame = world.experiments(again).rows([Q, DOWN], options(again))
+    assert sum(len(turn) for turn in calls) == computed
+    assert set(frame["model"]) == {world.name}
+    calls.clear()
+    world.experiments(again).rows([Q, DOWN], options(again))
+    assert not calls
+
+
 def test_bfloat16_weights_pass_through_as_bfloat16(tmp_path):
     world = World(tmp_path, dtype=torch.bfloat16)
     inventory = world.inventory.assign(dtype="BF16")

@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 
@@ -87,18 +88,52 @@ def test_the_page_without_law_or_best(results):
     assert "## What was reached" in bare and "log error" not in bare
 
 
+@pytest.fixture
+def logs(tmp_path):
+    """The logs of jobs that ended well, were killed, failed, came from a cache, were cut short."""
+    ended = {"sweep/block-000": ("sweep", 100, 150), "sweep/block-001": ("sweep", 50, 75)}
+    ended |= {"sweep_assemble": ("sweep_assemble", 10, 5), "retrieve_model": ("retrieve_model", 30, 20)}
+    ended |= {"gate_fit": ("gate_fit", 10, 10)}
+    folder = tmp_path / "logs/tiny"
+    (folder / "sweep").mkdir(parents=True)
+    for name, (rule, wall, cpu) in ended.items():
+        (folder / f"{name}.log").write_text(json.dumps({"rule": rule, "wall_s": wall, "cpu_s": cpu}))
+    (folder / "calibrate.log").write_text("")
+    (folder / "fit.log").write_text(json.dumps({"rule": "fit"}))
+    (folder / "compress.log").write_text(json.dumps({"rule": "compress"}) + "\nerror: compress: disk full\n")
+    (folder / "evaluate.log").write_text('{"rule": "evalu')
+    return folder
+
+
+def test_time_is_added_up_by_stage_in_the_order_of_the_flow(logs):
+    assert report.times(logs) == [
+        ("retrieve", "1", "0:30", "0:20", "15 %"),
+        ("sweep", "3", "2:40", "3:50", "80 %"),
+        ("gates", "1", "0:10", "0:10", "5 %"),
+        ("all", "5", "3:20", "4:20", "100 %"),
+    ]
+    assert report.times(logs / "none") == []
+
+
+def test_the_page_ends_with_the_time_if_there_is_one(results, logs):
+    assert "went" not in page(results)
+    assert "| sweep | 3 | 2:40 | 3:50 | 80 % |" in page(results, times=report.times(logs))
+
+
 def test_no_perplexity_is_one_clear_line(results):
     with pytest.raises(BitallocError, match="add the suite perplexity"):
         report.table(results.plans, results.evaluate.query("suite == 'world'"), CHECKPOINTS, gates())
 
 
-def test_the_command_prints_the_table(results, tmp_path):
+def test_the_command_prints_the_table_and_the_time(results, logs, tmp_path):
+    folder = tmp_path / "results/tiny"
     frames = {tables.PLANS: results.plans, tables.EVALUATE: results.evaluate, tables.CHECKPOINTS: CHECKPOINTS}
     for table, frame in (frames | {tables.GATES: gates()}).items():
-        table.write(frame, tmp_path / f"{table.name}.parquet")
+        table.write(frame, folder / f"{table.name}.parquet")
     run = [sys.executable, "-m", "bitalloc.report"]
-    done = subprocess.run([*run, str(tmp_path)], capture_output=True, text=True, check=True)
+    done = subprocess.run([*run, str(folder)], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("plan ") and "best-2.6bpw" in done.stdout
+    assert "sweep        3  2:40  3:50           80 %" in done.stdout.splitlines()
     absent = subprocess.run([*run, str(tmp_path / "none")], capture_output=True, text=True, check=False)
     assert absent.returncode == 1
     assert absent.stderr.startswith("error: cannot read") and absent.stderr.count("\n") == 1

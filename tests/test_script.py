@@ -1,5 +1,7 @@
 """The glue of the scripts: one line on bad input, a traceback on a fault of ours, a log of both."""
 
+import json
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -30,3 +32,25 @@ def test_the_log_says_what_ran(job, tmp_path):
     with stage(job):
         pass
     assert '"torch": "2.13.0' in (tmp_path / "log").read_text()
+
+
+def test_the_log_of_a_job_that_ended_well_says_what_it_took(job, tmp_path):
+    with stage(job):
+        assert "wall_s" not in json.loads((tmp_path / "log").read_text())  # a kill -9 here leaves no time
+    record = json.loads((tmp_path / "log").read_text())
+    assert 0 < record["cpu_s"] <= time.process_time()
+    assert record["wall_s"] > 0
+
+
+def test_the_log_of_a_job_that_failed_claims_no_time(job, tmp_path):
+    with pytest.raises(SystemExit), stage(job):
+        raise BitallocError("no such thing; make one")
+    assert "wall_s" not in (tmp_path / "log").read_text()
+
+
+def test_a_log_that_cannot_be_written_is_one_line(job, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    job.log = [str(tmp_path / "file/log")]
+    with pytest.raises(SystemExit), stage(job):
+        raise AssertionError("nothing runs without a log")
+    assert capsys.readouterr().err.startswith("error: sweep: cannot write")

@@ -1,5 +1,8 @@
 """Shards: complete or absent, never half, never wrong."""
 
+import shutil
+import threading
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -63,6 +66,35 @@ def test_nan_is_never_stored(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         Store(tmp_path).put(digest("x"), {"rel_error": float("nan")})
     assert not list(tmp_path.rglob("*.json"))
+
+
+def test_a_store_is_itself_and_no_other(tmp_path):
+    store = Store(tmp_path / "store")
+    first = store.identity()
+    assert store.identity() == Store(tmp_path / "x" / ".." / "store").identity() == first
+    shutil.copytree(store.root, tmp_path / "copy")
+    assert Store(tmp_path / "copy").identity() != first
+    store.forget()
+    second = store.identity()
+    shutil.rmtree(store.root)
+    assert len({first, second, store.identity()}) == 3
+
+
+def test_one_at_a_time_does_the_same_work(tmp_path, monkeypatch):
+    store, said, order = Store(tmp_path), threading.Event(), []
+    monkeypatch.setattr("bitalloc.store.print", lambda line, **_: (order.append(line), said.set()), raising=False)
+
+    def second():
+        with store.lock(digest("work"), "waiting"):
+            order.append("second")
+
+    with store.lock(digest("work"), "waiting"), store.lock(digest("other"), "other"):
+        thread = threading.Thread(target=second)
+        thread.start()
+        assert said.wait(30)
+        order.append("first")
+    thread.join(30)
+    assert order == ["waiting", "first", "second"]
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):

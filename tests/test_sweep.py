@@ -102,6 +102,19 @@ def test_the_assembled_table_is_complete_or_refused(world, tmp_path):
         assemble([frame, frame[:1]], **given)
 
 
+def test_a_unit_says_first_what_is_left_of_the_sweep_and_of_itself(tmp_path, capsys):
+    world = World(tmp_path / "world")
+    world.experiments()
+    run(world, "block-000", SETTINGS)
+    layer, option = parse_unit("block-001.q_proj", FAMILY, SETTINGS)[0], options(SETTINGS)[:1]
+    world.experiments(SETTINGS).rows(layer, option)
+    run(world, "block-001", SETTINGS)
+    assert capsys.readouterr().err.splitlines() == [
+        "[sweep] small: 0 of 56 experiments are in the store, 56 to do; 28 of them in block-000",
+        "[sweep] small: 29 of 56 experiments are in the store, 27 to do; 27 of them in block-001",
+    ]
+
+
 def test_shards_are_shared_by_models_of_equal_content(world, tmp_path):
     first = run(world, "block-000", SETTINGS)
     world.name = "renamed"

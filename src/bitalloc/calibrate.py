@@ -7,7 +7,6 @@ beside the store, so a killed run goes on at its first unfinished block. Axes: T
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import shutil
 from collections.abc import Iterator
@@ -65,10 +64,14 @@ def calibrate(
     }
     keys = {site: digest({**identity, "site": site}) for site in sites["site"]}
     records = {site: store.get(key) for site, key in keys.items()}
-    missing = sites[[records[site] is None for site in sites["site"]]]
-    if not missing.empty:
-        batches = ids_NT.split(settings.batch)
-        with _scratch(store.root / "scratch" / digest(identity), len(batches)) as scratch:
+    if None in records.values():
+        batches, work = ids_NT.split(settings.batch), digest(identity)
+        with (
+            store.lock(work, "[calibrate] another process calibrates this model; waiting for it"),
+            _scratch(store.root / "scratch" / work, len(batches)) as scratch,
+        ):
+            records = {site: store.get(key) for site, key in keys.items()}
+            missing = sites[[records[site] is None for site in sites["site"]]]
             stream = _Stream(Checkpoint(path, family), batches, scratch, device)
             for block, moments in stream.run(missing, token_normalised=settings.token_normalised):
                 for site, moment in moments.items():
@@ -148,19 +151,13 @@ class _Scratch:
 
 @contextmanager
 def _scratch(folder: Path, batches: int) -> Iterator[_Scratch]:
-    """The scratch of one calibration, for one process at a time; it stays when the run breaks off."""
+    """The scratch of one calibration; it stays when the run breaks off."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "lock").open("w")
     except OSError as error:
         raise BitallocError(f"cannot write {folder}: {error.strerror}; free space or fix permissions") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise BitallocError(f"another run calibrates this model ({folder}); let it finish or stop it") from None
-        yield _Scratch(folder, batches)
-        shutil.rmtree(folder, ignore_errors=True)
+    yield _Scratch(folder, batches)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 # ---- one block at a time -----------------------------------------------------------------------------
@@ -179,6 +176,8 @@ class _Stream:
 
     def run(self, missing: pd.DataFrame, *, token_normalised: bool) -> Iterator[tuple[int, dict[str, _Moment]]]:
         """(block, site -> moment) of the missing sites, rows of INVENTORY."""
+        if missing.empty:  # another process was first
+            return
         first, last = int(missing["block"].min()), int(missing["block"].max())
         start = max((block for block in range(first + 1) if self.scratch.has(block)), default=-1)
         with torch.inference_mode():

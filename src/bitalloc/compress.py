@@ -13,6 +13,7 @@ from bitalloc.formats import bitalloc as checkpoints
 from bitalloc.formats.layout import checkpoint_nbytes
 from bitalloc.option import from_row
 from bitalloc.progress import Progress
+from bitalloc.store import digest
 from bitalloc.tables import CHECKPOINTS
 
 
@@ -35,20 +36,22 @@ def compress(
         folder = Path("models") / name
         options = {row["layer"]: from_row(row, experiments.sweep) for row in plan.to_dict("records")}
         shards = {layer: experiments.rows([layer], [option])["key"].item() for layer, option in options.items()}
-        checkpoints.save(
-            results / folder,
-            source=experiments.checkpoint,
-            inventory=inventory,
-            plan=plan,
-            matrix=experiments.matrix,
-            sweep=experiments.sweep,
-            extra={"plan": name, "shards": shards, "verdicts": [dict(verdict) for verdict in verdicts]},
-        )
+        place = digest(str((results / folder).resolve()))
+        with experiments.store.lock(place, f"[compress] another process writes {folder}; waiting for it"):
+            checkpoints.save(
+                results / folder,
+                source=experiments.checkpoint,
+                inventory=inventory,
+                plan=plan,
+                matrix=experiments.matrix,
+                sweep=experiments.sweep,
+                extra={"plan": name, "shards": shards, "verdicts": [dict(verdict) for verdict in verdicts]},
+            )
         predicted = checkpoint_nbytes(inventory, plan, experiments.sweep)
         nbytes = sum(file.stat().st_size for file in (results / folder).glob("*.safetensors"))
         if nbytes != predicted:
             raise BitallocError(f"{results / folder} takes {nbytes} bytes, its plan promised {predicted}; report this")
-        digest = checkpoints.checkpoint_digest(results / folder)
-        rows.append((name, folder.as_posix(), predicted, nbytes, digest))
+        written = checkpoints.checkpoint_digest(results / folder)
+        rows.append((name, folder.as_posix(), predicted, nbytes, written))
         progress.advance(note=name)
     return pd.DataFrame(rows, columns=[column.name for column in CHECKPOINTS.columns])

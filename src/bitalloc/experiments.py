@@ -7,13 +7,11 @@ depend on the stack, so a run that was killed and resumed ends in the same bytes
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +74,10 @@ class Experiments:
         found = [self._row(layer, option, records[layer, option]) for layer in layers for option in options]
         return pd.DataFrame(found, columns=[column.name for column in SWEEP.columns])
 
+    def stored(self, layers: Iterable[str], options: Sequence[Option]) -> int:
+        """How many of `layers` x `options` stand in the store; only `rows` finds out whether they are sound."""
+        return sum(self._key(layer, option) in self.store for layer in layers for option in options)
+
     def matrix(self, layer: str, option: Option) -> CompressedMatrix:
         """The compressed matrix: from the store when it is kept there, else computed, to the same bytes."""
         row, key = self._layer(layer), self._key(layer, option)
@@ -123,7 +125,8 @@ class Experiments:
         if len(records) == len(pairs):
             progress.advance(len(records), cached=True)
             return records
-        with self._lock(pairs[0][0], digest(sorted(keys.values()))):
+        waiting = f"[sweep] another process computes {pairs[0][0]}; waiting for it"
+        with self.store.lock(digest(sorted(keys.values())), waiting):
             records = stored()
             progress.advance(len(records), cached=True)
             missing = [pair for pair in pairs if pair not in records]
@@ -233,23 +236,6 @@ class Experiments:
         options = configured(self.sweep)
         total = sum(option.nbytes(row["rows"], row["columns"]) for row in self.layers.values() for option in options)
         return total <= parse_bytes(self.sweep.keep_limit)
-
-    @contextmanager
-    def _lock(self, layer: str, work: str) -> Iterator[None]:
-        """One process at a time does the same work: not two runs, nor an orphan that outlived a kill -9."""
-        path = self.store.root / "locks" / f"{work[:24]}.lock"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = path.open("w")
-        except OSError as error:
-            raise BitallocError(f"cannot write {path}: {error.strerror}; free space or fix permissions") from None
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"[sweep] another process computes {layer}; waiting for it", file=sys.stderr, flush=True)
-                fcntl.flock(file, fcntl.LOCK_EX)
-            yield
 
 
 def _share(part: float, whole: float) -> float:

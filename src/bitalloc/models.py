@@ -285,6 +285,7 @@ def read_moment(store: Store, key: str) -> torch.Tensor:
     """H_II [I, I], float32, from the shard that a row of MOMENTS names."""
     path = store.tensors(key)
     if store.get(key) is None or path is None:
+        store.forget()
         raise BitallocError(
             f"the moments {key[:12]} are missing from {store.root} or damaged; delete moments.parquet and rerun"
         )

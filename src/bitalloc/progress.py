@@ -18,7 +18,7 @@ def clock(seconds: float) -> str:
 
 
 class Progress:
-    """Counts to `total` and says so on stderr at most once every `every_s` seconds: n of N, time left.
+    """Counts to `total` and says so on stderr at most once every `every_s` seconds: n of N, rate, time left, and what.
 
     What was found in the store (`advance(cached=True)`) does not count towards the rate.
     """
@@ -38,6 +38,8 @@ class Progress:
 
     def say(self, note: str = "") -> None:
         elapsed, fresh = time.monotonic() - self.start, self.done - self.cached
-        left = clock(elapsed / fresh * (self.total - self.done)) if fresh else "?"
+        speed = "? left"
+        if fresh:
+            speed = f"{fresh / max(elapsed, 1e-3):.2g}/s, {clock(elapsed / fresh * (self.total - self.done))} left"
         tail = f", {note}" if note else ""
-        print(f"[{self.stage}] {self.done} of {self.total} {self.unit}, {left} left{tail}", file=sys.stderr, flush=True)
+        print(f"[{self.stage}] {self.done} of {self.total} {self.unit}, {speed}{tail}", file=sys.stderr, flush=True)

@@ -1,10 +1,11 @@
-"""What people read at the end: a table for the terminal and a page, from tables alone.
+"""What people read at the end: a table for the terminal and a page, from tables alone (and the time from logs).
 
-`python -m bitalloc.report results/tiny` prints the table of a finished run.
+`python -m bitalloc.report results/tiny` prints the table of a finished run, and where its time went.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,12 +16,16 @@ import pandas as pd
 
 from bitalloc import tables
 from bitalloc.errors import BitallocError
+from bitalloc.progress import clock
 
 REFERENCE, POOL, BEST = "reference", "random", "best"
 LEVELS = ("minimal", "good", "excellent")
 PPL_GAIN = (3.0, 5.0, 15.0)  # percent over uniform at equal bytes, at least
 DROP = (5.0, 2.0, 1.0)  # points of accuracy below the reference, at most
 R2 = (0.6, 0.8, 0.9)  # of log error, at least
+STAGES = ("retrieve", "calibrate", "sweep", "fit", "allocate", "compress", "evaluate", "analyze", "report", "gates")
+TIMES = ("stage", "jobs", "wall", "CPU", "share of wall")
+TIMES_NOTE = "Hours, minutes and seconds of every job's last run, added up; what came from a cache took none."
 HEADER = ("plan", "on disk", "bits a weight", "PPL", "KL")
 
 
@@ -42,6 +47,40 @@ def human(nbytes: float) -> str:
 def table(plans: pd.DataFrame, evaluate: pd.DataFrame, checkpoints: pd.DataFrame, gates: pd.DataFrame) -> str:
     """PLANS, EVALUATE, CHECKPOINTS and GATES -> plain text: the named plans, the reference first, then the verdicts."""
     header, rows = _rows(plans, evaluate, checkpoints)
+    return "\n".join([_aligned(header, rows), _note(evaluate), "", *_verdicts(gates)])
+
+
+def times(logs: Path) -> list[tuple[str, ...]]:
+    """Rows of TIMES, from the logs of a model's jobs, each of its last run; none without a finished job.
+
+    Jobs that failed or were killed have left no time, nor has what came from Snakemake's cache.
+    """
+    found = [record for record in map(_record, sorted(logs.rglob("*.log"))) if "wall_s" in record]
+    if not found:
+        return []
+    frame = pd.DataFrame(found)
+    words = frame["rule"].str.partition("_")[0]
+    frame["stage"] = words.replace({"gate": "gates", "stop": "gates"})
+    sums = frame.groupby("stage").agg(jobs=("rule", "size"), wall=("wall_s", "sum"), cpu=("cpu_s", "sum"))
+    order = sorted(sums.index, key=[*STAGES, *sums.index].index)
+    whole = sums["wall"].sum()
+    rows = [
+        (row.Index, str(row.jobs), clock(row.wall), clock(row.cpu), f"{100 * row.wall / whole:.0f} %")
+        for row in sums.loc[order].itertuples()
+    ]
+    return [*rows, ("all", str(len(frame)), clock(whole), clock(sums["cpu"].sum()), "100 %")]
+
+
+def _record(log: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(log.read_text())
+    except (OSError, ValueError):  # cut short, with an error below it, or left empty by the cache
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _aligned(header: Sequence[str], rows: Sequence[Sequence[str] | None]) -> str:
+    """Plain text, the first column to the left, between rules; None is an empty line."""
     cells = [header, *(row for row in rows if row)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
 
@@ -53,7 +92,7 @@ def table(plans: pd.DataFrame, evaluate: pd.DataFrame, checkpoints: pd.DataFrame
 
     rule = "-" * len(line(header))
     body = [line(row) if row else "" for row in rows]
-    return "\n".join([line(header), rule, *body, rule, _note(evaluate), "", *_verdicts(gates)])
+    return "\n".join([line(header), rule, *body, rule])
 
 
 def markdown(
@@ -67,8 +106,9 @@ def markdown(
     goodhart: pd.DataFrame,
     sentences: Sequence[str],
     figures: Sequence[str],
+    times: Sequence[Sequence[str]] = (),
 ) -> str:
-    """The page of a model. `sentences` sum up GOODHART; `figures` are links relative to the page."""
+    """The page of a model. `sentences` sum up GOODHART; `figures` are links relative to the page; `times`: TIMES."""
     header, rows = _rows(plans, evaluate, checkpoints)
     tables_read = "plans, evaluate, checkpoints, goodhart, law, gates"
     parts = [
@@ -86,6 +126,8 @@ def markdown(
         f"Tables beside this page (`.parquet`): {tables_read}. {_stamp(gates)}",
         "\n".join(f"- {line}" for line in _verdicts(gates)),
     ]
+    if times:
+        parts += ["## Where the time went", _grid(TIMES, times), TIMES_NOTE]
     return "\n\n".join(parts) + "\n"
 
 
@@ -193,6 +235,9 @@ def main(arguments: Sequence[str]) -> None:
     read = {each.name: each.read(folder / f"{each.name}.parquet") for each in
             (tables.PLANS, tables.EVALUATE, tables.CHECKPOINTS, tables.GATES)}  # fmt: skip
     print(table(**read))
+    place = folder.absolute()
+    if rows := times(place.parents[1] / "logs" / place.name):
+        print("", _aligned(TIMES, rows), TIMES_NOTE, sep="\n")
 
 
 if __name__ == "__main__":

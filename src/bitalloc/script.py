@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from bitalloc.errors import BitallocError
 from bitalloc.provenance import run_record
+from bitalloc.store import write_atomically
 
 
 @contextmanager
@@ -19,8 +21,10 @@ def stage(snakemake: Any) -> Iterator[None]:
     """Run a script's body as one stage of the workflow.
 
     `BitallocError` becomes one line on stderr and exit status 1; anything else keeps its traceback. The
-    log holds the rule, its wildcards, the versions it ran with, and the error, if any.
+    log holds the rule, its wildcards, the versions it ran with, and either the seconds it took or the error.
+    (Snakemake's `benchmark:` may not stand beside `cache:`, so scripts take their time themselves.)
     """
+    start = time.perf_counter() - time.process_time()  # imports lie behind: they count by their CPU seconds
     log = Path(snakemake.log[0])
     record = {
         "rule": snakemake.rule,
@@ -28,20 +32,28 @@ def stage(snakemake: Any) -> Iterator[None]:
         "threads": snakemake.threads,
         **run_record("torch", "transformers", "snakemake"),
     }
-    log.write_text(json.dumps(record, indent=1) + "\n")
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(snakemake.threads)
     try:
+        _write(log, record)
         yield
+        _write(log, record | {"wall_s": time.perf_counter() - start, "cpu_s": time.process_time()})
     except BitallocError as error:
         line = f"error: {snakemake.rule}: {error}"
     except Exception:
-        with log.open("a") as file:
-            file.write(traceback.format_exc())
+        _append(log, traceback.format_exc())
         raise
     else:
         return
-    with log.open("a") as file:
-        file.write(line + "\n")
+    _append(log, line + "\n")
     print(line, file=sys.stderr, flush=True)
     sys.exit(1)
+
+
+def _write(log: Path, record: dict[str, Any]) -> None:
+    write_atomically(log, (json.dumps(record, indent=1) + "\n").encode())
+
+
+def _append(log: Path, text: str) -> None:
+    with suppress(OSError), log.open("a") as file:  # a full or read-only disk is what the text is about
+        file.write(text)

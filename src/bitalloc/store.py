@@ -8,13 +8,16 @@ that does not match (truncated, flipped, foreign) is treated as absent and compu
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from bitalloc.errors import BitallocError
 
@@ -62,10 +65,31 @@ class Store:
     """A folder of shards, addressed by the digest of everything that determines their content."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root
+        self.root, self._said = root, False
 
     def path(self, key: str, suffix: str = ".json") -> Path:
         return self.root / key[:2] / f"{key}{suffix}"
+
+    def identity(self) -> str:
+        """This store and no other, not even a new one in its place: where it lies and a name drawn at random.
+
+        Tables that point into the store may be kept elsewhere under this (Snakemake's cache does).
+        """
+        path = self.root / "id"
+        if not path.exists():
+            with self.lock(digest("id"), f"another process makes the store {self.root}; waiting for it"):
+                if not path.exists():
+                    write_atomically(path, uuid4().hex.encode())
+        return f"{self.root.resolve()} {path.read_text()}"
+
+    def forget(self) -> None:
+        """A shard was lost that tables point to: those that are kept elsewhere must not be taken again."""
+        with suppress(OSError):
+            (self.root / "id").unlink()
+
+    def __contains__(self, key: str) -> bool:
+        """Whether a shard stands under `key`; whether it can be trusted, only `get` says."""
+        return self.path(key).exists()
 
     def get(self, key: str) -> JSON | None:
         """The record under `key`, or None when there is none that can be trusted."""
@@ -95,3 +119,25 @@ class Store:
             "tensors_sha256": None if tensors is None else hashlib.sha256(tensors).hexdigest(),
         }
         write_atomically(self.path(key), canonical(shard).encode())
+
+    @contextmanager
+    def lock(self, work: str, waiting: str) -> Iterator[None]:
+        """One process at a time does `work` (a digest): not two runs, nor an orphan that outlived a kill -9.
+
+        Who comes second says `waiting` on stderr, once, and waits; what the first did is in the store by then.
+        """
+        path = self.root / "locks" / f"{work[:24]}.lock"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("w")
+        except OSError as error:
+            raise BitallocError(f"cannot write {path}: {error.strerror}; free space or fix permissions") from None
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not self._said:  # two that do the same meet at every step
+                    self._said = True
+                    print(waiting, file=sys.stderr, flush=True)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield

@@ -7,6 +7,7 @@ A unit is a block ("block-003"), a matrix ("block-003.q_proj") or one experiment
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -69,7 +70,10 @@ def sweep(
     store: Store,
     device: torch.device,
 ) -> pd.DataFrame:
-    """The errors [SWEEP] of one unit; every finished experiment is in the store at once."""
+    """The errors [SWEEP] of one unit; every finished experiment is in the store at once.
+
+    Says first how much of the whole sweep, and of this unit, is left to do.
+    """
     from bitalloc.experiments import Experiments
     from bitalloc.models import Checkpoint
 
@@ -82,7 +86,16 @@ def sweep(
         sweep=settings,
         device=device,
     )
-    return experiments.rows(layers, wanted, Progress(f"sweep {unit}", len(layers) * len(wanted)))
+    every = options(settings)
+    there, total = experiments.stored(experiments.layers, every), len(experiments.layers) * len(every)
+    mine = len(layers) * len(wanted)
+    print(
+        f"[sweep] {inventory['model'].iloc[0]}: {there:,} of {total:,} experiments are in the store, "
+        f"{total - there:,} to do; {mine - experiments.stored(layers, wanted):,} of them in {unit}",
+        file=sys.stderr,
+        flush=True,
+    )
+    return experiments.rows(layers, wanted, Progress(f"sweep {unit}", mine))
 
 
 def assemble(

@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+# a shell that runs the tests in its background has them, and all that they start, ignore Ctrl-C
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 ROOT = Path(__file__).parents[2]
 PARTS = ("Snakefile", "workflow", "scripts", "config", "resources", "profiles", "envs")
 TARGETS = ("results/tiny/goodhart.png", "results/tiny/report.md")
@@ -44,6 +47,12 @@ class Project:
             source, target = ROOT / part, folder / part
             (shutil.copytree if source.is_dir() else shutil.copy)(source, target)
         self.configure(**settings)
+
+    def copy(self, folder: Path) -> "Project":
+        shutil.copytree(self.folder, folder, copy_function=shutil.copy2)
+        copy = object.__new__(Project)
+        copy.folder = folder
+        return copy
 
     def configure(self, **settings: dict) -> None:
         sheet = yaml.safe_load((ROOT / "config/models.yaml").read_text())
@@ -96,7 +105,4 @@ def finished(tmp_path_factory) -> Project:
 @pytest.fixture
 def project(finished, tmp_path) -> Project:
     """A copy of the finished project that a test may change."""
-    shutil.copytree(finished.folder, tmp_path / "project", copy_function=shutil.copy2)
-    copy = object.__new__(Project)
-    copy.folder = tmp_path / "project"
-    return copy
+    return finished.copy(tmp_path / "project")

@@ -10,6 +10,7 @@ rule calibrate:
         "results/{model}/moments.parquet",
     log:
         "logs/{model}/calibrate.log",
+    cache: CACHE
     conda:
         "../../envs/bitalloc.yaml"
     threads: threads
@@ -17,6 +18,7 @@ rule calibrate:
         gpu=gpu,
     params:
         settings=section("calibrate", "store", "device"),
+        identity=identity,
         code=code("calibrate"),
     script:
         "../../scripts/calibrate.py"

@@ -14,6 +14,7 @@ from bitalloc.families import family
 from bitalloc.gates import read_verdict
 from bitalloc.option import options
 from bitalloc.provenance import source_digest
+from bitalloc.store import Store, file_digest
 from bitalloc.sweep import units
 
 # the maths library takes fewer threads on a busy machine unless told not to, and then last digits differ
@@ -72,6 +73,27 @@ def sheet(wildcards):
 def code(*modules):
     """Parameter: digest of the code behind a rule, so that a change of it makes the rule run again."""
     return source_digest(*(f"bitalloc.{module}" for module in modules))
+
+
+# ---- Snakemake's cache between workflows
+PLACE = os.environ.get("SNAKEMAKE_OUTPUT_CACHE", "")
+CACHE = "omit-software" if PLACE else False  # without a place no rule is eligible, and Snakemake need not say so
+if workflow.enable_cache and not (os.path.isabs(PLACE) and os.path.isdir(PLACE)):
+    raise WorkflowError("--cache needs a folder to keep tables in: export SNAKEMAKE_OUTPUT_CACHE=/full/path/of/one")
+
+
+@checked
+def identity(wildcards, input):
+    """Parameter function of a cached rule: what determines its output and is not in Snakemake's key otherwise.
+
+    These are the wildcards, the content of inputs that other rules make (weights, in the end), and the store
+    that the table points into. It follows from `input`, so it triggers no rerun.
+    """
+    if not (CACHE and workflow.enable_cache):
+        return None
+    store = Store(Path(settings(wildcards.model).store))
+    contents = {name: file_digest(Path(path)) for name, path in input.items()}
+    return {"wildcards": dict(wildcards.items()), "inputs": contents, "store": store.identity()}
 
 
 def threads(wildcards):

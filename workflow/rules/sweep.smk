@@ -10,6 +10,7 @@ rule sweep:
         "results/{model}/sweep/{unit}.parquet",
     log:
         "logs/{model}/sweep/{unit}.log",
+    cache: CACHE
     conda:
         "../../envs/bitalloc.yaml"
     threads: threads_shared
@@ -17,6 +18,7 @@ rule sweep:
         gpu=gpu,
     params:
         settings=section("sweep", "store", "device"),
+        identity=identity,
         code=code("sweep"),
     script:
         "../../scripts/sweep.py"
