@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 CORES ?= 2
 DEMO := results/tiny/goodhart.png results/tiny/report.md
 
-.PHONY: demo test lint format config bench-allocate bench-memory bench-sweep clean
+.PHONY: demo test lint format config bench-allocate bench-memory bench-rounds bench-sweep clean
 
 demo: $(VENV)/.core
 	$(BIN)/snakemake $(DEMO) --cores $(CORES) --quiet rules host
@@ -43,7 +43,14 @@ $(VENV)/.dev: $(VENV)/.core
 	touch $@
 
 bench-sweep: $(VENV)/.dev
-	$(BIN)/python benchmarks/bench_sweep.py --size 1024
+	$(BIN)/python benchmarks/bench_sweep.py
+
+# the embedded model; with BITALLOC_DATA also a small real one, and attention weights of GPT-2
+ROUNDS := tiny $(if $(BITALLOC_DATA),stories260k)
+GPT2 := $(if $(BITALLOC_DATA),--gpt2 $(BITALLOC_DATA)/models/gpt2_small_attention_only)
+bench-rounds: $(VENV)/.dev
+	$(BIN)/snakemake --cores $(CORES) $(ROUNDS:%=results/%/moments.parquet) --quiet rules host
+	$(BIN)/python benchmarks/bench_rounds.py --models $(ROUNDS) $(GPT2)
 
 bench-allocate: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_allocate.py
