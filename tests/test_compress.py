@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
@@ -38,3 +41,27 @@ def test_a_broken_promise_stops(bench: Small, tmp_path: Path, monkeypatch: pytes
         stage.compress(
             {"p": bench.random_plan(0)}, results=tmp_path, experiments=bench.experiments, inventory=bench.inventory
         )
+
+
+def test_two_runs_write_a_checkpoint_one_after_the_other(
+    bench: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compress(_: object = None) -> pd.DataFrame:
+        return stage.compress(
+            {"p": bench.random_plan(0)}, results=tmp_path, experiments=bench.experiments, inventory=bench.inventory
+        )
+
+    save, second, said = stage.checkpoints.save, [], threading.Event()
+    monkeypatch.setattr("bitalloc.store.print", lambda line, **_: "waiting" in line and said.set(), raising=False)
+
+    def slow(folder: Path, **how: object) -> None:
+        if not second:
+            second.append(ThreadPoolExecutor(1).submit(compress))
+            assert said.wait(30)
+            assert not folder.exists()
+        save(folder, **how)
+
+    monkeypatch.setattr(stage.checkpoints, "save", slow)
+    first = compress()
+    assert second[0].result(30).equals(first)
+    assert [path.name for path in (tmp_path / "models").iterdir()] == ["p"]

@@ -1,5 +1,6 @@
 import fcntl
 import hashlib
+import resource
 import threading
 from pathlib import Path
 
@@ -337,6 +338,24 @@ def test_a_shape_that_departs_from_the_inventory_or_the_moments_is_refused(world
     world.store.put(world.moments["key"][0], {}, save({"H_II": moments(24)}))
     with pytest.raises(BitallocError, match="has 40 inputs; rerun calibrate"):
         world.experiments().rows([Q], ALL)
+
+
+def test_a_disk_that_fills_up_within_a_shard_is_one_line_and_leaves_no_half(world, tmp_path):
+    whole = World(tmp_path / "other").experiments().rows([Q, DOWN], ALL)
+    ours, limits = world.experiments(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    sizes = [ours.matrix(Q, option).nbytes for option in ALL]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (sorted(sizes)[len(sizes) // 2] + 500, limits[1]))
+    try:
+        with pytest.raises(BitallocError, match=r"cannot write .*safetensors: File too large; free space .* rerun"):
+            ours.rows([Q, DOWN], ALL)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    there = ours.stored([Q, DOWN], ALL)
+    assert 0 < there < len(ALL)
+    assert not list(tmp_path.rglob("*.tmp"))
+    progress = Progress("sweep", 2 * len(ALL))
+    assert untimed(ours.rows([Q, DOWN], ALL, progress)).equals(untimed(whole))
+    assert progress.cached == there
 
 
 def test_two_runs_do_not_do_the_same_work_at_once(world, capsys):

@@ -1,12 +1,16 @@
 """The digest of code moves with what a module imports, and only with that."""
 
+import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import bitalloc
 from bitalloc import provenance
+from bitalloc.store import Store, digest
 
 
 def digest_in(folder: Path, *modules: str) -> str:
@@ -28,3 +32,19 @@ def test_a_change_deep_below_a_module_changes_its_digest(tmp_path):
 
 def test_absent_packages_are_said_to_be_absent():
     assert provenance.run_record("no-such-package")["no-such-package"] == "absent"
+
+
+def test_the_identity_of_a_cached_table_follows_all_that_it_depends_on(tmp_path):
+    wildcards, inputs, store = {"model": "tiny", "unit": "block-000"}, {"inventory": tmp_path / "i"}, Store(tmp_path)
+    inputs["inventory"].write_text("weights")
+    first = provenance.identity(wildcards, inputs, store)
+    assert provenance.identity(wildcards, inputs, store) == json.loads(json.dumps(first)) == first
+    found = [first, provenance.identity(wildcards | {"model": "renamed"}, inputs, store)]
+    found.append(provenance.identity(wildcards | {"unit": "block-001"}, inputs, store))
+    found.append(provenance.identity(wildcards, inputs, Store(tmp_path / "other")))
+    inputs["inventory"].write_text("other weights")
+    found.append(provenance.identity(wildcards, inputs, store))
+    assert len({digest(each) for each in found}) == len(found)
+    inputs["inventory"].unlink()
+    with pytest.raises(FileNotFoundError):
+        provenance.identity(wildcards, inputs, store)

@@ -1,6 +1,10 @@
 """Shards: complete or absent, never half, never wrong."""
 
+import os
+import platform
 import shutil
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -9,6 +13,7 @@ from hypothesis import strategies as st
 
 from bitalloc.errors import BitallocError
 from bitalloc.store import Store, digest, write_atomically
+from tests.permissions import bound
 
 JSON = st.recursive(
     st.none()
@@ -97,6 +102,20 @@ def test_one_at_a_time_does_the_same_work(tmp_path, monkeypatch):
     assert order == ["waiting", "first", "second"]
 
 
+def test_what_a_killed_process_left_goes_with_the_next_attempt_and_nothing_else(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+    here = platform.node()
+    names = [f".{name}.{host}.{pid}.tmp" for name, host, pid in (
+        ("table", here, process.pid), ("table", here, os.getppid()), ("table", "afar", process.pid),
+        ("other", here, process.pid),
+    )]  # fmt: skip
+    for name in names:
+        (tmp_path / name).write_text("half")
+    write_atomically(tmp_path / "table", b"whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"table", *names[1:]}
+
+
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     path = tmp_path / "table"
     write_atomically(path, b"old")
@@ -109,3 +128,29 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["table"]
+
+
+READ_THEN_WRITE = """
+import sys
+from pathlib import Path
+from bitalloc.store import Store, digest
+store = Store(Path(sys.argv[1]))
+print(store.get(digest("work")))
+for attempt in (lambda: store.put(digest("more"), {}), lambda: store.lock(digest("more"), "").__enter__()):
+    try:
+        attempt()
+    except Exception as error:
+        print(type(error).__name__, error)
+"""
+
+
+def test_a_store_that_cannot_be_written_is_read_and_refuses_in_one_line(shard):
+    store, _ = shard
+    store.root.chmod(0o555)
+    command = bound(sys.executable, "-c", READ_THEN_WRITE, str(store.root))
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    store.root.chmod(0o755)
+    assert lines[0] == "{'nbytes': 3, 'rel_error': 0.125}"
+    for line, place in zip(lines[1:], (store.path(digest("more")), store.root / "locks"), strict=True):
+        assert line.startswith(f"BitallocError cannot write {place}")
+        assert "Permission denied; free space or fix permissions" in line

@@ -8,8 +8,12 @@ import hashlib
 import importlib.util
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
+from typing import Any
+
+from bitalloc.store import Store, file_digest
 
 
 @functools.cache
@@ -56,6 +60,16 @@ def _imports(module: str, source: bytes) -> list[str]:
                 base = importlib.util.resolve_name("." * node.level + base, module)
             found += [base, *(f"{base}.{alias.name}" for alias in node.names)]
     return [name for name in found if name.startswith("bitalloc")]
+
+
+def identity(wildcards: Mapping[str, str], inputs: Mapping[str, Path], store: Store) -> dict[str, Any]:
+    """What determines the output of a cached rule and is not in Snakemake's key: a parameter puts it there.
+
+    These are the wildcards, the content of inputs that other rules make (weights, in the end), and the store
+    that a table points into. An input that is still to be made raises FileNotFoundError, as Snakemake expects.
+    """
+    contents = {name: file_digest(path) for name, path in inputs.items()}
+    return {"wildcards": dict(wildcards), "inputs": contents, "store": store.identity()}
 
 
 def run_record(*packages: str) -> dict[str, str]:

@@ -9,9 +9,11 @@ that does not match (truncated, flipped, foreign) is treated as absent and compu
 from __future__ import annotations
 
 import fcntl
+import glob
 import hashlib
 import json
 import os
+import platform
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -45,9 +47,10 @@ def file_digest(path: Path) -> str:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write `data` under a temporary name beside `path`, flush it to disk and rename it into place."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _tidy(path)
         with temporary.open("wb") as file:
             file.write(data)
             file.flush()
@@ -59,6 +62,17 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise BitallocError(
             f"cannot write {path}: {error.strerror}; free space or fix permissions, then rerun"
         ) from None
+
+
+def _tidy(path: Path) -> None:
+    """Remove what processes of this machine that are no more have left of earlier attempts to write `path`."""
+    for left in path.parent.glob(glob.escape(f".{path.name}.{platform.node()}.") + "[0-9]*.tmp"):
+        try:
+            os.kill(int(left.suffixes[-2][1:]), 0)
+        except ProcessLookupError:
+            left.unlink(missing_ok=True)
+        except PermissionError:  # alive, and somebody else's
+            continue
 
 
 class Store:

@@ -10,9 +10,10 @@ from bitalloc import tables
 
 pytestmark = [pytest.mark.workflow, pytest.mark.xdist_group("workflow")]
 
-MOMENTS, *UNITS = TARGETS = [
-    f"results/tiny/{name}.parquet" for name in ("moments", "sweep/block-000", "sweep/block-001")
-]
+MOMENTS, UNIT, OTHER_UNIT, RENAMED = (
+    f"results/{name}.parquet"
+    for name in ("tiny/moments", "tiny/sweep/block-000", "tiny/sweep/block-001", "renamed/sweep/block-000")
+)
 
 
 @pytest.fixture
@@ -30,35 +31,35 @@ def test_a_second_project_takes_moments_and_sweep_from_the_cache(finished, store
         scripts = [path for path in (project.folder / "logs").rglob("*.log") if path.stat().st_size]
         return output.count("from cache") - output.count("to cache"), {path.stem for path in scripts}
 
-    projects = [finished.copy(tmp_path / name) for name in ("first", "second")]
-    for project in projects:
+    first, second = (finished.copy(tmp_path / name) for name in ("first", "second"))
+    for project in (first, second):
         shutil.rmtree(project.folder / "logs")
-        for target in TARGETS:
+        for target in (MOMENTS, UNIT, OTHER_UNIT):
             (project.folder / target).unlink()
-    first, second = projects
-    assert run(first, *TARGETS) == (0, {"calibrate", "block-000", "block-001"})
-    assert run(second, *TARGETS) == (3, set())
-    for target in TARGETS:
-        table = (second.folder / target).read_bytes()
-        assert table == (first.folder / target).read_bytes()
-        if target == MOMENTS:
-            assert table == (finished.folder / target).read_bytes()
-    assert list(pd.read_parquet(second.folder / UNITS[1])["block"].unique()) == [1]
+    assert run(first, MOMENTS, UNIT) == (0, {"calibrate", "block-000"})
 
-    # another name for the same model: what is named in the tables is not taken, what the store holds is
+    # the same model under another name, as far as its moments
     results, sheet = second.folder / "results", second.folder / "config/models.yaml"
     (results / "renamed").mkdir()
     inventory = tables.INVENTORY.read(results / "tiny/inventory.parquet").assign(model="renamed")
     tables.INVENTORY.write(inventory, results / "renamed/inventory.parquet")
-    for name in ("checkpoint.json", "tokens.parquet", "moments.parquet"):
+    for name in ("checkpoint.json", "tokens.parquet"):
         shutil.copy(results / "tiny" / name, results / "renamed")
+    shutil.copy(first.folder / MOMENTS, results / "renamed")
     models = yaml.safe_load(sheet.read_text())["models"]
     sheet.write_text(yaml.safe_dump({"models": models | {"renamed": models["tiny"]}}))
-    renamed = UNITS[0].replace("tiny", "renamed")
+
     shards = sorted(store.glob("??/*"))
-    assert run(second, renamed) == (0, {"block-000"})
-    assert set(pd.read_parquet(second.folder / renamed)["model"]) == {"renamed"}
-    assert sorted(store.glob("??/*")) == shards
+    assert run(second, MOMENTS, UNIT, OTHER_UNIT, RENAMED) == (2, {"block-000", "block-001"})
+    assert {path.parts[-3] for path in (second.folder / "logs").rglob("block-000.log") if path.stat().st_size} == {
+        "renamed"
+    }
+    for target in (MOMENTS, UNIT):
+        assert (second.folder / target).read_bytes() == (first.folder / target).read_bytes()
+    assert (second.folder / MOMENTS).read_bytes() == (finished.folder / MOMENTS).read_bytes()
+    assert set(pd.read_parquet(second.folder / OTHER_UNIT)["block"]) == {1}
+    assert set(pd.read_parquet(second.folder / RENAMED)["model"]) == {"renamed"}
+    assert sorted(store.glob("??/*")) == shards  # what was not in the cache was in the store
 
     # the moments of the cache lie in a store that is gone
     shutil.rmtree(store)

@@ -2,19 +2,21 @@
 
 import functools
 import os
+import shutil
 import sys
+import time
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
 from bitalloc import config as configuration
+from bitalloc import provenance
 from bitalloc.allocate import budget_slug
 from bitalloc.errors import BitallocError
 from bitalloc.families import family
 from bitalloc.gates import read_verdict
 from bitalloc.option import options
-from bitalloc.provenance import source_digest
-from bitalloc.store import Store, file_digest
+from bitalloc.store import Store
 from bitalloc.sweep import units
 
 # the maths library takes fewer threads on a busy machine unless told not to, and then last digits differ
@@ -37,6 +39,22 @@ def checked(function):
 
 
 CONFIG = checked(configuration.parse)(config)
+
+# ---- faults that Snakemake meets with a traceback, or does not see
+for place in (".", "results", "logs", ".snakemake"):
+    if os.path.exists(place) and not os.access(place, os.W_OK):
+        raise WorkflowError(f"cannot write {os.path.abspath(place)}; fix permissions or mount it writable, then rerun")
+if shutil.disk_usage(".").free < 2**20:
+    raise WorkflowError(f"the disk of {os.getcwd()} is full; free space, then rerun")
+# a table of tomorrow looks newer than what it is made from, whatever that is
+MADE = [
+    path for pattern in ("*/*.parquet", "*/*/*.parquet", "*/gates/*.json") for path in Path("results").glob(pattern)
+]
+if AHEAD := [str(path) for path in MADE if path.lstat().st_mtime > time.time() + 60]:
+    raise WorkflowError(
+        f"{AHEAD[0]} and {len(AHEAD) - 1} others are from the future: the clock has gone back. Set it right, or delete "
+        "them and rerun (the work is in the store): find results -newermt now ! -path '*/store/*' ! -type d -delete"
+    )
 
 
 wildcard_constraints:
@@ -72,7 +90,7 @@ def sheet(wildcards):
 
 def code(*modules):
     """Parameter: digest of the code behind a rule, so that a change of it makes the rule run again."""
-    return source_digest(*(f"bitalloc.{module}" for module in modules))
+    return provenance.source_digest(*(f"bitalloc.{module}" for module in modules))
 
 
 # ---- Snakemake's cache between workflows
@@ -84,16 +102,10 @@ if workflow.enable_cache and not (os.path.isabs(PLACE) and os.path.isdir(PLACE))
 
 @checked
 def identity(wildcards, input):
-    """Parameter function of a cached rule: what determines its output and is not in Snakemake's key otherwise.
-
-    These are the wildcards, the content of inputs that other rules make (weights, in the end), and the store
-    that the table points into. It follows from `input`, so it triggers no rerun.
-    """
-    if not (CACHE and workflow.enable_cache):
-        return None
-    store = Store(Path(settings(wildcards.model).store))
-    contents = {name: file_digest(Path(path)) for name, path in input.items()}
-    return {"wildcards": dict(wildcards.items()), "inputs": contents, "store": store.identity()}
+    """Parameter function of a cached rule: what its key lacks otherwise. It follows from `input`: no rerun trigger."""
+    if CACHE and workflow.enable_cache:
+        inputs = {name: Path(path) for name, path in input.items()}
+        return provenance.identity(dict(wildcards.items()), inputs, Store(Path(settings(wildcards.model).store)))
 
 
 def threads(wildcards):

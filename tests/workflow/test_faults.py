@@ -1,0 +1,94 @@
+"""Faults from outside: killed processes, a clock that goes back, folders that cannot be written."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import psutil
+import pytest
+
+from bitalloc.store import Store
+
+from ..permissions import bound
+from .conftest import Project
+
+pytestmark = [pytest.mark.workflow, pytest.mark.xdist_group("workflow")]
+
+UNIT = "results/tiny/sweep/block-000.parquet"
+
+
+@pytest.fixture
+def unfinished(project) -> Project:
+    """One unit of the sweep is to be made: its table is missing, and the shards of two matrices."""
+    rows = pd.read_parquet(project.folder / UNIT)
+    store = Store(project.folder / "results/store")
+    for key in rows.loc[rows["layer"].str.contains("q_proj|o_proj"), "key"]:
+        store.path(key).unlink()
+    (project.folder / UNIT).unlink()
+    return project
+
+
+def at_work(project: Project) -> tuple[subprocess.Popen, psutil.Process]:
+    """Snakemake and its script, which has just stored a shard and stands still."""
+    store, run = project.folder / "results/store", project.start(UNIT)
+    before = len(list(store.glob("??/*.json")))
+    while len(list(store.glob("??/*.json"))) == before:
+        assert run.poll() is None, run.communicate()[0]
+        time.sleep(0.005)
+    below = psutil.Process(run.pid).children(recursive=True)
+    [script] = [process for process in below if any(".sweep.py" in word for word in process.cmdline()[1:2])]
+    script.suspend()
+    return run, script
+
+
+def test_a_script_or_snakemake_killed_alone_and_run_again_end_as_if_undisturbed(finished, unfinished):
+    run, script = at_work(unfinished)
+    script.kill()
+    output, _ = run.communicate(timeout=120)
+    assert run.returncode == 1
+    assert "died with <Signals.SIGKILL: 9>" in output
+    assert not (unfinished.folder / UNIT).exists()
+
+    run, orphan = at_work(unfinished)
+    run.kill()  # and what it has started goes on
+    assert unfinished.run("--unlock")[0] == 0
+    again = unfinished.start(UNIT)
+    said = ""
+    while "another process computes model.layers.0" not in said:
+        said += (line := again.stdout.readline())
+        assert line, said
+    orphan.resume()
+    output, _ = again.communicate(timeout=120)
+    assert again.returncode == 0, output
+    run.communicate(timeout=120)  # until the orphan has ended too
+    ours, theirs = (pd.read_parquet(project.folder / UNIT) for project in (unfinished, finished))
+    pd.testing.assert_frame_equal(ours.drop(columns="wall_s"), theirs.drop(columns="wall_s"))
+    assert not list(unfinished.folder.rglob("*.tmp"))
+
+
+def test_tables_of_tomorrow_are_refused(project):
+    """They would count as newer than what they are made from, though that has changed since."""
+    tomorrow = time.time() + 86_400
+    for path in (project.folder / "results").rglob("*"):
+        os.utime(path, (tomorrow, tomorrow))  # shards too, which nobody minds
+    status, output = project.run(UNIT)
+    assert status == 1
+    assert "are from the future: the clock has gone back" in output and "Traceback" not in output
+    command = next(line for line in output.splitlines() if "from the future" in line).rpartition(": ")[2]
+    subprocess.run(command, shell=True, cwd=project.folder, check=True)
+    assert not list((project.folder / "results/tiny").rglob("*.parquet"))
+    assert list((project.folder / "results/store").glob("??/*.json"))
+
+
+def test_results_that_cannot_be_written_are_one_line(project):
+    results = project.folder / "results"
+    results.chmod(0o555)
+    done = subprocess.run(
+        bound(sys.executable, "-m", "snakemake", UNIT, "--cores", "2"),
+        cwd=project.folder, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    results.chmod(0o755)
+    assert done.returncode == 1
+    assert f"cannot write {results}; fix permissions" in done.stderr and "Traceback" not in done.stderr
