@@ -30,6 +30,7 @@ from pathlib import Path
 
 import baseline
 import torch
+from problems import problem
 from torch import Tensor
 
 from bitalloc.lowrank import Factor, Target, compress, decompose, leading
@@ -39,16 +40,6 @@ from bitalloc.provenance import run_record
 SETTINGS = {"act_order": True, "iterations": 1}
 BITS = (2, 3, 4)
 Errors = dict[tuple[int, int], float]
-
-
-def problem(O: int, I: int) -> tuple[Tensor, Tensor]:  # noqa: E741
-    """W_OI with decaying row scales, and H_II of inputs that are correlated, a few of them outliers."""
-    draw = torch.Generator().manual_seed(0)
-    W_OI = torch.randn(O, I, generator=draw) * torch.linspace(1.5, 0.5, O)[:, None]
-    X_TI = torch.randn(2 * I, I // 8, generator=draw) @ torch.randn(I // 8, I, generator=draw) * (8 / I) ** 0.5
-    X_TI += torch.randn(2 * I, I, generator=draw) * 0.5
-    X_TI[:, torch.randperm(I, generator=draw)[: max(4, I // 680)]] *= 30
-    return W_OI, X_TI.T @ X_TI / len(X_TI)
 
 
 def ranks(I: int) -> tuple[int, ...]:  # noqa: E741
@@ -101,7 +92,7 @@ def measure(what: str, shape: tuple[int, int], threads: int, *arguments: object)
             work()
             times.append(time.process_time() - start)
         return {"seconds": min(times)}
-    W_OI, H_II = problem(*shape)
+    W_OI, _, H_II = problem(*shape)
     small = Option("gptq", 3, 128, 2)
     decompose(W_OI[:128, :128].contiguous(), Factor(H_II[:128, :128].contiguous(), 0.1), [small], **SETTINGS)
     base, start, wall = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time(), time.perf_counter()
