@@ -151,7 +151,7 @@ def compress(stack: Sequence[Item], *, iterations: int, matrices: bool = True) -
     for round_ in range(max(1, iterations)):
         rows, grid = _quantise([stack[k] for k in live], [places[k] for k in live], [parts[k] for k in live])
         at = dict(zip(live, rows, strict=True))
-        bases = {k: _Basis(grid.E_IR[:, at[k]]) for k in plain.values()} if not round_ else {}
+        bases = {k: _Basis(grid.E_IR[:, at[k]], rounds=1) for k in plain.values()} if not round_ else {}
         for k in live:
             if k >= wanted:
                 continue
@@ -161,7 +161,8 @@ def compress(stack: Sequence[Item], *, iterations: int, matrices: bool = True) -
                 refit = _refit(place.order, option, found, grid.E_IR[:, part])
                 if not round_:
                     zero = plain[id(target), option.bits]
-                    refit = min(refit, _fit(bases[zero], option, at[zero], grid), key=lambda fit: fit.objective)
+                    other = _fit(bases[zero], option, at[zero], grid)
+                    refit = other.refined(option.rank) if other.objective < refit.objective else refit
                 found = min(found, _rounded(place.order, option, refit), key=lambda pair: pair.objective)
                 parts[k] = found.lowrank
             if (kept := best[k]) is None or found.objective < kept.objective:
@@ -229,9 +230,14 @@ class _Fit:
     rest: tuple[Tensor, ...]  # W - Q as D, or as D, R and L with W - Q = D + R L
     objective: float
 
+    def refined(self, rank: int) -> _Fit:
+        """After a rough decomposition, one that is worth storing."""
+        A_IR, B_RO = leading(self.Y_IO, rank, guess=self.B_RO)
+        return replace(self, A_IR=A_IR, B_RO=B_RO)
+
 
 def _fit(basis: _Basis, option: Option, rows: slice, grid: Grid) -> _Fit:
-    """For the codes of W itself."""
+    """For the codes of W itself, by a basis that may be rough: on most matrices the other start wins by far."""
     A_IR, B_RO = basis.leading(option.rank)
     return _Fit(A_IR, B_RO, rows, basis.Y_IO, (grid.D_IR[:, rows],), grid.sums(rows)[0] - _energy(A_IR, B_RO))
 
@@ -282,8 +288,8 @@ def _factors(A_IR: Tensor, B_RO: Tensor, order: Order, option: Option) -> _LowRa
 class _Basis:
     """Leading singular directions of Y_IO at any rank: one exact or a few randomised decompositions serve all."""
 
-    def __init__(self, Y_IO: Tensor) -> None:
-        self.Y_IO = Y_IO
+    def __init__(self, Y_IO: Tensor, *, rounds: int = ROUNDS) -> None:
+        self.Y_IO, self.rounds = Y_IO, rounds
         self._found: dict[int, tuple[Tensor, Tensor]] = {}
 
     def leading(self, rank: int) -> tuple[Tensor, Tensor]:
@@ -294,12 +300,12 @@ class _Basis:
         if _exact(self.Y_IO, rung):
             rung = width
         if rung not in self._found:
-            self._found[rung] = leading(self.Y_IO, rung)
+            self._found[rung] = leading(self.Y_IO, rung, rounds=self.rounds)
         A_IR, B_RO = self._found[rung]
         return A_IR[:, :rank].contiguous(), B_RO[:rank]
 
 
-def leading(Y_IO: Tensor, rank: int, *, guess: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def leading(Y_IO: Tensor, rank: int, *, guess: Tensor | None = None, rounds: int = ROUNDS) -> tuple[Tensor, Tensor]:
     """A_IR, B_RO with A B the best rank-R approximation of Y_IO (Eckart-Young), strongest rank first.
 
     Exact up to min(O, I) = 512; above, a seeded randomised subspace iteration (Halko et al. 2011, alg. 4.4)
@@ -308,7 +314,7 @@ def leading(Y_IO: Tensor, rank: int, *, guess: Tensor | None = None) -> tuple[Te
     """
     rank = min(rank, *Y_IO.shape)
     if not _exact(Y_IO, rank):
-        return _subspace(Y_IO, rank, guess)
+        return _subspace(Y_IO, rank, rounds) if guess is None else _subspace(Y_IO, rank, 1, guess)
     wide = Y_IO.shape[0] <= Y_IO.shape[1]
     # the Gram matrix squares the condition number, which float64 has digits for
     Y = Y_IO.double()
@@ -325,8 +331,8 @@ def _sketch(rank: int) -> int:
     return int(OVERSAMPLING * rank) + 1
 
 
-def _subspace(Y_IO: Tensor, rank: int, guess: Tensor | None) -> tuple[Tensor, Tensor]:
-    sketch, rounds = (_sketch(rank), ROUNDS) if guess is None else (rank + EXTRA, 1)
+def _subspace(Y_IO: Tensor, rank: int, rounds: int, guess: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    sketch = _sketch(rank) if guess is None else rank + EXTRA
     draw = torch.randn(Y_IO.shape[1], sketch, generator=torch.Generator().manual_seed(0)).to(Y_IO)
     if guess is not None:
         # scaled like the draws; ranks that hold nothing keep theirs
