@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 CORES ?= 2
 DEMO := results/tiny/goodhart.png results/tiny/report.md
 
-.PHONY: demo test lint format config bench-allocate bench-memory bench-peers bench-rounds bench-sweep clean
+.PHONY: demo test lint format config bench-allocate bench-memory bench-peers bench-resume bench-rounds bench-sweep clean
 
 demo: $(VENV)/.core
 	$(BIN)/snakemake $(DEMO) --cores $(CORES) --quiet rules host
@@ -57,6 +57,9 @@ bench-allocate: $(VENV)/.dev
 
 bench-memory: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_memory.py
+
+bench-resume: $(VENV)/.dev
+	$(BIN)/python benchmarks/bench_resume.py
 
 bench-peers: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_peers.py
