@@ -23,16 +23,26 @@ def source_digest(*modules: str) -> str:
     todo = list(modules)
     while todo:
         name = todo.pop()
-        path = _source(name)
-        if path is None or name in seen:
-            continue
-        source = path.read_bytes()
-        seen[name] = source
-        todo += _imports(name, source)
+        if name not in seen and (found := _read(name)) is not None:
+            seen[name], imports = found
+            todo += imports
     whole = hashlib.sha256()
     for name in sorted(seen):
-        whole.update(name.encode() + b"\0" + hashlib.sha256(seen[name]).digest())
+        whole.update(name.encode() + b"\0" + seen[name])
     return whole.hexdigest()[:16]
+
+
+@functools.cache
+def _read(module: str) -> tuple[bytes, list[str]] | None:
+    """Digest and imports of a module of `bitalloc`; None for any other name.
+
+    Cached because parsing for every rule anew took a quarter of the start of each snakemake command.
+    """
+    path = _source(module)
+    if path is None:
+        return None
+    source = path.read_bytes()
+    return hashlib.sha256(source).digest(), _imports(module, source)
 
 
 def _source(module: str) -> Path | None:
