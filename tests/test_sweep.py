@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -50,6 +51,15 @@ def test_planning_needs_no_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_a_job_starts_without_what_it_does_not_need():
+    """Of every job, starting is the dearest part that is not an experiment."""
+    script = Path(__file__).parents[1] / "scripts/sweep.py"
+    code = f"import runpy, sys; runpy.run_path({str(script)!r}, run_name='imported'); import bitalloc.experiments; "
+    code += "print(*{'torch', 'transformers', 'accelerate', 'scipy', 'matplotlib', 'torch._dynamo'} & set(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["torch"]
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> World:
     world = World(tmp_path_factory.mktemp("first") / "world")
@@ -85,6 +95,20 @@ def test_the_table_does_not_depend_on_how_the_work_was_cut(world, tmp_path_facto
     assert by_layer["layer"].tolist()[:: len(options(SETTINGS))] == [
         FAMILY.layer(block, role) for block in range(BLOCKS) for role in FAMILY.roles
     ]
+
+
+def test_another_unit_finds_every_experiment_in_the_store(world):
+    by_layer = whole(world, "layer")
+
+    def shards() -> dict:
+        paths = [path for path in world.store.root.rglob("*") if path.suffix in (".json", ".safetensors")]
+        return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}
+
+    before = shards()
+    assert len(before) >= len(by_layer)
+    for unit in ("matrix", "experiment"):
+        assert whole(world, unit).equals(by_layer)  # `wall_s` too
+    assert shards() == before
 
 
 def test_the_assembled_table_is_complete_or_refused(world, tmp_path):
