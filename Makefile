@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 CORES ?= 2
 DEMO := results/tiny/goodhart.png results/tiny/report.md
 
-.PHONY: demo test lint format config bench-allocate bench-sweep clean
+.PHONY: demo test lint format config bench-allocate bench-resume bench-sweep clean
 
 demo: $(VENV)/.core
 	$(BIN)/snakemake $(DEMO) --cores $(CORES) --quiet rules host
@@ -47,6 +47,9 @@ bench-sweep: $(VENV)/.dev
 
 bench-allocate: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_allocate.py
+
+bench-resume: $(VENV)/.dev
+	$(BIN)/python benchmarks/bench_resume.py
 
 clean:
 	rm -rf results logs .snakemake
