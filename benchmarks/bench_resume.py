@@ -6,9 +6,9 @@ A seeded checkpoint (80 blocks x 7 matrices, random, 64 to 128 wide, so that an 
 15 options (2, 3, 4 bits x 5 ranks), driven by snakemake in project folders of its own:
 
     undisturbed  empty folder -> moments.parquet -> sweep.parquet
-    killed       the same in one command. In each tenth of the sweep, at a drawn experiment and up to a drawn second
-                 later, the process group is stopped, looked at and killed (SIGKILL), then `snakemake --unlock` and the
-                 same command again. In the end all tables must be those of the undisturbed run, `wall_s` apart.
+    killed       the same in one command. In each tenth of the sweep, at a drawn experiment (every other time up to a
+                 second later), the process group is stopped, looked at and killed (SIGKILL), then `snakemake --unlock`
+                 and the same command again. In the end all tables must be those of the undisturbed run, `wall_s` apart.
                  lost       experiments that were stored at a kill and whose shard was written again later
                  in flight  experiments, at most, that were begun and not stored at a kill: the options of a matrix are
                             computed as one stack, so up to 15 of each of the jobs; this work is repeated
@@ -21,8 +21,9 @@ Overhead is everything that is no experiment: slots x wall of `snakemake sweep.p
 slots are jobs side by side and `wall_s` is the time in which an experiment was computed. So it holds snakemake, its
 DAG, the start of Python, imports, weights and moments, shards, locks and tables, and slots that stand idle. The
 experiments are far smaller than real ones, whose overhead is the same: `share` is overhead / (overhead + experiments x
-0.5 s). For jobs of a matrix or an experiment it is EXTRAPOLATED: the overhead a job, measured on a small checkpoint
-with an empty store and in the whole DAG with a full one (the larger counts), x the jobs, + the start of the whole DAG.
+0.5 s). On a busy machine the clock tells of other work too, so the same share is given in CPU seconds. For jobs of a
+matrix or an experiment it is EXTRAPOLATED: the overhead a job, measured on a small checkpoint with an empty store and
+in the whole DAG with a full one (the larger counts), x the jobs, + the start of the whole DAG.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ ROOT = Path(__file__).parents[1]
 PARTS = ("Snakefile", "workflow", "scripts", "config", "profiles", "envs")
 WIDTH, INNER, HEADS = 64, 128, 2
 SECONDS = 0.5  # an experiment of the criterion
-SMALL_BLOCKS, JOBS, REPEATS = 4, 20, 5
+SMALL_BLOCKS, JOBS, REPEATS = 4, 12, 3
 TARGET = "results/many/sweep.parquet"
 HEAVY = {"transformers", "accelerate", "scipy", "matplotlib"}
 Shards = dict[str, tuple[int, int]]
@@ -97,7 +98,6 @@ def write_checkpoint(folder: Path, blocks: int, seed: int) -> None:
 class Run:
     """A finished snakemake: seconds by the clock, and CPU seconds of it and all its jobs."""
 
-    start: float  # seconds since the epoch, as in the times of files
     wall_s: float
     cpu_s: float
 
@@ -106,7 +106,7 @@ class Project:
     """A copy of the workflow in a folder of its own, with one model in its sheet: `many`."""
 
     def __init__(self, folder: Path, *, blocks: int, slots: int, seed: int) -> None:
-        self.folder, self.blocks, self.slots = folder, blocks, slots
+        self.folder, self.slots = folder, slots
         self.results, self.store = folder / "results/many", folder / "results/store"
         for part in PARTS:
             source, target = ROOT / part, folder / part
@@ -129,13 +129,13 @@ class Project:
             )  # fmt: skip
 
     def run(self, *arguments: str) -> Run:
-        start, clock = time.time(), time.perf_counter()
+        clock = time.perf_counter()
         process = self.start(*arguments)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
             raise SystemExit(f"snakemake {' '.join(arguments)} failed; see {self.folder / 'snakemake.log'}")
-        return Run(start, time.perf_counter() - clock, usage.ru_utime + usage.ru_stime)
+        return Run(time.perf_counter() - clock, usage.ru_utime + usage.ru_stime)
 
     def shards(self, keys: set[str]) -> Shards:
         """The experiments among `keys` that are stored, with what changes when a file is written again."""
@@ -143,6 +143,7 @@ class Project:
         return {key: (stat.st_ino, stat.st_mtime_ns) for key, stat in found}
 
     def units(self) -> dict[Path, int]:
+        """Finished tables of units, with what changes when one is written again."""
         return {path: path.stat().st_ino for path in (self.results / "sweep").glob("*.parquet")}
 
     def held(self) -> int:
@@ -366,6 +367,8 @@ def main() -> None:
     path.parent.mkdir(exist_ok=True)
     record = run_record("torch", "snakemake", "pandas")
     path.write_text(json.dumps({"record": record, **result}, indent=1) + "\n")
+    if not result["killed"]["tables_equal"] or any(row["lost"] for row in result["killed"]["kills"]):
+        sys.exit("a kill has cost finished experiments or changed a table")
 
 
 if __name__ == "__main__":
