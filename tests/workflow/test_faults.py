@@ -1,9 +1,12 @@
 """Faults from outside: killed processes, a clock that goes back, folders that cannot be written."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 
 import pandas as pd
 import psutil
@@ -20,14 +23,19 @@ UNIT = "results/tiny/sweep/block-000.parquet"
 
 
 @pytest.fixture
-def unfinished(project) -> Project:
+def unfinished(project) -> Iterator[Project]:
     """One unit of the sweep is to be made: its table is missing, and the shards of two matrices."""
     rows = pd.read_parquet(project.folder / UNIT)
     store = Store(project.folder / "results/store")
     for key in rows.loc[rows["layer"].str.contains("q_proj|o_proj"), "key"]:
         store.path(key).unlink()
     (project.folder / UNIT).unlink()
-    return project
+    start, started = project.start, []
+    project.start = lambda *arguments: started.append(start(*arguments)) or started[-1]
+    yield project
+    for run in started:  # what a failed test leaves, suspended or waiting
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
 
 
 def at_work(project: Project) -> tuple[subprocess.Popen, psutil.Process]:
