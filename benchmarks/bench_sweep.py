@@ -156,13 +156,11 @@ def main() -> None:
     columns = ("seconds_shared", "seconds_loop", "seconds_separate", "ratio_loop", "ratio", "floor_seconds",
                "over_floor", "peak_mem_mb", "off_rank_0", "off_rank_top")  # fmt: skip
     print(f"{'shape':>12}" + "".join(f"{name:>17}" for name in columns) + "   (CPU seconds)", flush=True)
-    rows = []
+    path, rows = Path(__file__).parent / "results/sweep.json", []
     for shape in arguments.shapes:
         rows.append(row(*map(int, shape.split("x")), arguments.threads))
         print(f"{shape:>12}" + "".join(f"{rows[-1][name]:17.4g}" for name in columns), flush=True)
-    path = Path(__file__).parent / "results/sweep.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"record": run_record("torch", "numpy", "numba"), "rows": rows}, indent=1) + "\n")
+        path.write_text(json.dumps({"record": run_record("torch", "numpy", "numba"), "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
