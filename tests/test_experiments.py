@@ -12,8 +12,9 @@ from safetensors.torch import save, save_file
 from bitalloc import experiments as module
 from bitalloc.config import Sweep
 from bitalloc.errors import BitallocError
-from bitalloc.experiments import STACKED_BYTES, Experiments
+from bitalloc.experiments import Experiments
 from bitalloc.families import FAMILIES
+from bitalloc.lowrank import working_bytes
 from bitalloc.models import Checkpoint
 from bitalloc.option import Option, options
 from bitalloc.progress import Progress
@@ -259,7 +260,8 @@ def test_bfloat16_weights_pass_through_as_bfloat16(tmp_path):
 def test_a_small_workspace_changes_nothing_but_memory(world, tmp_path, monkeypatch):
     whole = world.experiments().rows([Q], ALL)
     calls = count_work(monkeypatch)
-    settings = SETTINGS.model_copy(update={"workspace": str(3 * STACKED_BYTES * 24 * 40)})
+    held = working_bytes([(Q, 24, 40, option) for option in ALL[:3]], iterations=SETTINGS.iterations)
+    settings = SETTINGS.model_copy(update={"workspace": str(held)})
     assert untimed(World(tmp_path / "other").experiments(settings).rows([Q], ALL)).equals(untimed(whole))
     assert [len(turn) for turn in calls] == [3, 1, 3, 1, 1]
 

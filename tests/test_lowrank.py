@@ -1,3 +1,7 @@
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -146,3 +150,16 @@ def test_a_guess_saves_rounds_and_not_accuracy(power):
     A, B = leading(Y, 32, guess=guess)
     tail = float((torch.arange(33, 1061, dtype=torch.float64) ** (-2 * power)).sum())
     assert float((Y - A @ B).square().sum()) <= 1.01 * tail
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    "given",
+    ["2048 2048 1 3 0", "2048 2048 1 3 128", "2048 2048 1 2,3,4 0,64,128", "512 4096 2 2,4 0,32", "2048 2048 1 3 1024"],
+)
+def test_a_stack_takes_the_memory_that_is_told(given):
+    """The sweep fills its workspace by it. A process of its own: what was freed before is not seen to be taken."""
+    command = [sys.executable, "-m", "tests.memory", *given.split()]
+    root = Path(__file__).parents[1]
+    share = float(subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout)
+    assert 0.6 < share < 1.05

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from bitalloc.config import Config, Sweep, parse_bytes
 from bitalloc.errors import BitallocError, nearest
-from bitalloc.lowrank import Decomposition, Factor, Target, compress, stacks
+from bitalloc.lowrank import Decomposition, Factor, Target, compress, stacks, working_bytes
 from bitalloc.models import Checkpoint, open_checkpoint, pick_device, read_moment
 from bitalloc.option import PASS_THROUGH, Option
 from bitalloc.option import options as configured
@@ -32,8 +32,6 @@ from bitalloc.provenance import source_digest
 from bitalloc.quant import CompressedMatrix, quantizer
 from bitalloc.store import JSON, Store, digest
 from bitalloc.tables import INVENTORY, MOMENTS, SWEEP
-
-STACKED_BYTES = 10  # for each weight and option: residual, whitened residual, code, and a margin
 
 Pair = tuple[str, Option]  # layer and option: an experiment
 
@@ -171,19 +169,20 @@ class Experiments:
                     targets = {}
                     self._halve(turn)
                     continue
-                wall_s, total = time.perf_counter() - start, sum(map(self._stacked_bytes, turn))
-                for pair, result in zip(turn, results, strict=True):
-                    yield pair, result, targets[pair[0]], wall_s * self._stacked_bytes(pair) / total
+                wall_s, total = time.perf_counter() - start, sum(targets[layer].W_OI.numel() for layer, _ in turn)
+                for (layer, option), result in zip(turn, results, strict=True):
+                    target = targets[layer]
+                    yield (layer, option), result, target, wall_s * target.W_OI.numel() / total
                 done += len(turn)
 
     def _fitting(self, stack: Sequence[Pair]) -> list[Pair]:
         """As many experiments from the front as fit the workspace, at least one."""
-        ends = itertools.accumulate(map(self._stacked_bytes, stack))
-        return list(stack[: max(1, sum(end <= self._workspace for end in ends))])
+        fits = (n for n in range(len(stack), 1, -1) if self._working_bytes(stack[:n]) <= self._workspace)
+        return list(stack[: next(fits, 1)])
 
-    def _stacked_bytes(self, pair: Pair) -> int:
-        row = self._layer(pair[0])
-        return STACKED_BYTES * row["rows"] * row["columns"]
+    def _working_bytes(self, turn: Sequence[Pair]) -> int:
+        shapes = [(layer, self._layer(layer)["rows"], self._layer(layer)["columns"], option) for layer, option in turn]
+        return working_bytes(shapes, iterations=self.sweep.iterations)
 
     def _halve(self, turn: list[Pair]) -> None:
         layer, option = turn[0]
@@ -191,7 +190,7 @@ class Experiments:
             raise BitallocError(
                 f"not enough memory for {layer} at {option.name} alone; use a machine with more, or device: cpu"
             ) from None
-        self._workspace = sum(map(self._stacked_bytes, turn[: len(turn) // 2]))
+        self._workspace = self._working_bytes(turn[: len(turn) // 2])
         if not self._said:
             self._said = True
             print(
@@ -218,12 +217,17 @@ class Experiments:
         site = self._layer(layer)["site"]
         if self._factor is None or self._factor[0] != site:
             self._factor = None
-            H_II, columns = self.H(site), self._layer(layer)["columns"]
+            columns = self._layer(layer)["columns"]
+
+            def read() -> Tensor:
+                return self.H(site).to(self.device)
+
+            H_II = read()
             if tuple(H_II.shape) != (columns, columns):
                 raise BitallocError(
                     f"moments of {site} are {list(H_II.shape)}, but {layer} has {columns} inputs; rerun calibrate"
                 )
-            self._factor = (site, Factor(H_II.to(self.device), self.sweep.damping, name=site))
+            self._factor = (site, Factor(H_II, self.sweep.damping, name=site, reread=read))
         return self._factor[1]
 
     def _row(self, layer: str, option: Option, record: JSON) -> dict[str, Any]:

@@ -12,7 +12,8 @@ Shapes: O outputs (rows), I inputs (columns), R rank or, in X_IR, rows of all st
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,13 +21,15 @@ from torch import Tensor
 
 from bitalloc.option import PASS_THROUGH, Option
 from bitalloc.quant import CompressedMatrix, Factor, Grid, Order, Stack, quantizer
+from bitalloc.quant.gptq import SPAN
 from bitalloc.quant.grid import SMALLEST
 
-__all__ = ["Decomposition", "Factor", "Item", "Target", "compress", "decompose", "leading", "stacks"]
+__all__ = ["Decomposition", "Factor", "Item", "Target", "compress", "decompose", "leading", "stacks", "working_bytes"]
 
 FULL = 512  # largest min(O, I) at which the SVD is exact
 OVERSAMPLING, ROUNDS = 1.5, 3
 EXTRA = 8  # columns of the sketch beside a guess
+BLOCK = 256  # rows that are judged at a time
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,32 @@ def stacks(items: Sequence[Item]) -> list[list[Item]]:
     return list(found.values())
 
 
+def working_bytes(stack: Sequence[tuple[Hashable, int, int, Option]], *, iterations: int) -> int:
+    """Bytes that `compress` holds at most beside the factor, for (target, rows, columns, option) of one stack.
+
+    Each row of the column loop has a residual, a whitened residual and codes, which are copied out at the end;
+    each target has three forms; and one item at a time is refitted and judged.
+    """
+    sizes = {target: rows * columns for target, rows, columns, _ in stack}
+    total = sum(rows * columns for _, rows, columns, _ in stack)
+    if stack[0][3].quantizer == PASS_THROUGH:
+        return 2 * total + 12 * max(sizes.values())
+    own = {(target, option.bits) for target, _, _, option in stack if not option.rank}
+    plain = {(target, option.bits) for target, _, _, option in stack if option.rank and iterations} - own
+    looped = total + sum(sizes[target] for target, _ in plain)
+    ranked = [((rows, columns), option.rank) for _, rows, columns, option in stack if option.rank]
+    fits = max((_fitting_bytes(*one) for one in ranked), default=0)
+    factors = sum(10 * _rung(rank, shape) * sum(shape) for shape, rank in ranked)
+    spans = 4 * SPAN * sum(rows for _, rows, _, _ in stack)
+    return 10 * looped + 12 * sum(sizes.values()) + fits + factors + spans
+
+
+def _fitting_bytes(shape: tuple[int, int], rank: int) -> int:
+    """Bytes for a refit: (W - Q) M, and what decomposes it, mostly in float64."""
+    size, rung = math.prod(shape), _rung(rank, shape)
+    return 14 * size + 32 * rung**2 if _exact(shape, rung) else 6 * size + 48 * rung * sum(shape)
+
+
 def decompose(
     W_OI: Tensor,
     factor: Factor,
@@ -155,10 +184,10 @@ def compress(stack: Sequence[Item], *, iterations: int, matrices: bool = True) -
         for k in live:
             if k >= wanted:
                 continue
-            (target, option), place, part = stack[k], places[k], at[k]
-            found = _Pair(parts[k], part, grid.D_IR[:, part], *grid.sums(part))
+            (target, option), place, E_IO = stack[k], places[k], grid.E_IR[:, at[k]]
+            found = _Pair(parts[k], at[k], (), grid.error(at[k]))
             if option.rank and iterations:
-                refit = _refit(place.order, option, found, grid.E_IR[:, part])
+                refit = _refit(place.order, option, found, E_IO)
                 if not round_:
                     zero = plain[id(target), option.bits]
                     other = _fit(bases[zero], option, at[zero], grid)
@@ -166,11 +195,12 @@ def compress(stack: Sequence[Item], *, iterations: int, matrices: bool = True) -
                 found = min(found, _rounded(place.order, option, refit), key=lambda pair: pair.objective)
                 parts[k] = found.lowrank
             if (kept := best[k]) is None or found.objective < kept.objective:
+                square, energy = _squares(place.W_IO, grid.D_IR[:, found.rows], found.moved)
                 best[k] = Decomposition(
                     _stored(option, grid, found, place.order) if matrices else None,
-                    error=max(found.objective - target.factor.lam * found.square, 0.0),
-                    square=found.square,
-                    energy=_distance(place.W_IO, found.D_IO),
+                    error=max(found.objective - target.factor.lam * square, 0.0),
+                    square=square,
+                    energy=energy,
                     objective=found.objective,
                 )
         live = [k for k in live if stack[k][1].rank]
@@ -181,13 +211,12 @@ def compress(stack: Sequence[Item], *, iterations: int, matrices: bool = True) -
 
 @dataclass(frozen=True)
 class _Pair:
-    """A low-rank part (or none) beside the codes in `rows` of a grid, and what the two leave of W."""
+    """A low-rank part (or none) beside the codes in `rows` of a grid."""
 
     lowrank: _LowRank | None
     rows: slice
-    D_IO: Tensor
+    moved: tuple[tuple[Tensor, Tensor], ...]  # factors R, L whose product is to be taken from the D of the grid
     objective: float
-    square: float
 
 
 def _pass_through(target: Target, option: Option) -> Decomposition:
@@ -227,7 +256,7 @@ class _Fit:
     B_RO: Tensor
     rows: slice  # of the codes
     Y_IO: Tensor  # (W - Q) M
-    rest: tuple[Tensor, ...]  # W - Q as D, or as D, R and L with W - Q = D + R L
+    moved: tuple[tuple[Tensor, Tensor], ...]  # W - Q is the D of the grid less these products
     objective: float
 
     def refined(self, rank: int) -> _Fit:
@@ -239,7 +268,7 @@ class _Fit:
 def _fit(basis: _Basis, option: Option, rows: slice, grid: Grid) -> _Fit:
     """For the codes of W itself, by a basis that may be rough: on most matrices the other start wins by far."""
     A_IR, B_RO = basis.leading(option.rank)
-    return _Fit(A_IR, B_RO, rows, basis.Y_IO, (grid.D_IR[:, rows],), grid.sums(rows)[0] - _energy(A_IR, B_RO))
+    return _Fit(A_IR, B_RO, rows, basis.Y_IO, (), grid.error(rows) - _energy(A_IR, B_RO))
 
 
 def _refit(order: Order, option: Option, pair: _Pair, E_IO: Tensor) -> _Fit:
@@ -249,19 +278,15 @@ def _refit(order: Order, option: Option, pair: _Pair, E_IO: Tensor) -> _Fit:
     # adding L R M gives (W - Q) M without another product with M
     Y_IO = torch.addmm(E_IO, order.whiten(R_IR), L_RO)
     A_IR, B_RO = leading(Y_IO, option.rank, guess=L_RO)
-    rest = (pair.D_IO, R_IR, L_RO)
-    return _Fit(A_IR, B_RO, pair.rows, Y_IO, rest, _square(Y_IO) - _energy(A_IR, B_RO))
+    return _Fit(A_IR, B_RO, pair.rows, Y_IO, ((-R_IR, L_RO),), _square(Y_IO) - _energy(A_IR, B_RO))
 
 
 def _rounded(order: Order, option: Option, fit: _Fit) -> _Pair:
     """The fit as it is stored."""
     lowrank = _factors(fit.A_IR, fit.B_RO, order, option)
     R_IR, L_RO = lowrank.transposed(order)
-    E_IO = torch.addmm(fit.Y_IO, order.whiten(R_IR), L_RO, alpha=-1)
-    D_IO = torch.addmm(fit.rest[0], R_IR, L_RO, alpha=-1)
-    if len(fit.rest) > 1:
-        D_IO.addmm_(*fit.rest[1:])
-    return _Pair(lowrank, fit.rows, D_IO, _square(E_IO), _square(D_IO))
+    objective = sum(_square(E) for _, E in _less(fit.Y_IO, ((order.whiten(R_IR), L_RO),)))
+    return _Pair(lowrank, fit.rows, (*fit.moved, (R_IR, L_RO)), objective)
 
 
 def _energy(A_IR: Tensor, B_RO: Tensor) -> float:
@@ -293,16 +318,17 @@ class _Basis:
         self._found: dict[int, tuple[Tensor, Tensor]] = {}
 
     def leading(self, rank: int) -> tuple[Tensor, Tensor]:
-        width = min(self.Y_IO.shape)
-        rank = min(rank, width)
-        # a ladder of widths, so that ranks share a decomposition and the one used depends on the rank alone
-        rung = next((step for step in (16, 64, 256) if rank <= step), 1 << (rank - 1).bit_length())
-        if _exact(self.Y_IO, rung):
-            rung = width
+        rank, rung = min(rank, *self.Y_IO.shape), _rung(rank, self.Y_IO.shape)
         if rung not in self._found:
             self._found[rung] = leading(self.Y_IO, rung, rounds=self.rounds)
         A_IR, B_RO = self._found[rung]
         return A_IR[:, :rank].contiguous(), B_RO[:rank]
+
+
+def _rung(rank: int, shape: Sequence[int]) -> int:
+    """The rank to decompose at: few widths, so that ranks share one, and which depends on the rank alone."""
+    rung = next((step for step in (16, 64, 256) if rank <= step), 1 << (rank - 1).bit_length())
+    return min(shape) if _exact(shape, rung) else rung
 
 
 def leading(Y_IO: Tensor, rank: int, *, guess: Tensor | None = None, rounds: int = ROUNDS) -> tuple[Tensor, Tensor]:
@@ -313,7 +339,7 @@ def leading(Y_IO: Tensor, rank: int, *, guess: Tensor | None = None, rounds: int
     rows `guess` [R, O] that nearly span what is sought, sketch R + 8 and one round are enough.
     """
     rank = min(rank, *Y_IO.shape)
-    if not _exact(Y_IO, rank):
+    if not _exact(Y_IO.shape, rank):
         return _subspace(Y_IO, rank, rounds) if guess is None else _subspace(Y_IO, rank, 1, guess)
     wide = Y_IO.shape[0] <= Y_IO.shape[1]
     # the Gram matrix squares the condition number, which float64 has digits for
@@ -322,8 +348,8 @@ def leading(Y_IO: Tensor, rank: int, *, guess: Tensor | None = None, rounds: int
     return (V, V.T @ Y_IO) if wide else (Y_IO @ V, V.T)
 
 
-def _exact(Y_IO: Tensor, rank: int) -> bool:
-    width = min(Y_IO.shape)
+def _exact(shape: Sequence[int], rank: int) -> bool:
+    width = min(shape)
     return width <= FULL or _sketch(rank) > width // 2
 
 
@@ -382,6 +408,17 @@ def _square(X: Tensor) -> float:
     return float(torch.linalg.vector_norm(X, dim=1).double().square().sum())
 
 
-def _distance(A_IO: Tensor, B_IO: Tensor) -> float:
-    """||A - B||_F^2, a block of rows at a time."""
-    return sum(_square(a - b) for a, b in zip(A_IO.split(256), B_IO.split(256), strict=True))
+def _less(X_IO: Tensor, products: Sequence[tuple[Tensor, Tensor]]) -> Iterator[tuple[slice, Tensor]]:
+    """X less the products of the factors, a block of rows at a time: the whole would be another matrix."""
+    for a in range(0, len(X_IO), BLOCK):
+        at = slice(a, min(a + BLOCK, len(X_IO)))
+        X = X_IO[at]
+        for A_IR, B_RO in products:
+            X = torch.addmm(X, A_IR[at], B_RO, alpha=-1)
+        yield at, X
+
+
+def _squares(W_IO: Tensor, D_IO: Tensor, products: Sequence[tuple[Tensor, Tensor]]) -> tuple[float, float]:
+    """||D'||_F^2 and ||W - D'||_F^2 with D' = D less the products."""
+    sums = [(_square(D), _square(W_IO[at] - D)) for at, D in _less(D_IO, products)]
+    return sum(square for square, _ in sums), sum(energy for _, energy in sums)

@@ -68,3 +68,19 @@ def test_a_dead_input_is_no_trouble():
     H = moments(16)
     H[5], H[:, 5] = 0, 0
     assert bool(Factor(H, 0.01).order(8, True).M_II.isfinite().all())
+
+
+def test_moments_that_can_be_read_again_are_let_go_and_change_nothing():
+    H, D = moments(40), torch.randn(5, 40, generator=torch.Generator().manual_seed(1))
+    reads = []
+
+    def reread() -> torch.Tensor:
+        reads.append(1)
+        return H.clone()
+
+    held, lean = Factor(H, 0.1), Factor(H.clone(), 0.1, reread=reread)
+    for group_size, so_far in ((16, 0), (16, 0), (8, 1)):
+        assert torch.equal(held.order(group_size, True).M_II, lean.order(group_size, True).M_II)
+        assert len(reads) == so_far
+    assert held.energy(D) == lean.energy(D)
+    assert len(reads) == 2

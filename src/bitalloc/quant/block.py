@@ -56,7 +56,6 @@ def plain(f_gR: Tensor, order: Order, stack: Stack, grid: Grid, group: Group, *,
     grid.codes_IR[a:b] = q_gR.add_(zero_R)
     grid.scale_GR[group.place], grid.zero_GR[group.place] = scale_R.half(), zero_R.to(torch.uint8)
     grid.error_R.add_(_fold(E_gR.square()))
-    grid.square_R.add_(_fold(x_gR.square()))
 
 
 def _loop(t_gR: Tensor, N_gg: Tensor, zero_R: Tensor, stack: Stack) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ Shapes: I inputs (columns of a matrix), R rank.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -64,18 +65,27 @@ class Order:
 class Factor:
     """H_II + lambda I of one site, lambda = `damping` times the mean diagonal; orders are made once each.
 
+    With `reread` H is let go once it is factorised, and read again in the rare case that it is needed.
     Raises `BitallocError` when H has NaN or Inf, is zero, or is not positive definite after damping.
     """
 
-    def __init__(self, H_II: Tensor, damping: float, *, name: str = "H") -> None:
+    def __init__(
+        self, H_II: Tensor, damping: float, *, name: str = "H", reread: Callable[[], Tensor] | None = None
+    ) -> None:
         if not bool(torch.isfinite(H_II).all()):
             raise BitallocError(f"moments of {name} have NaN or Inf; check the checkpoint and calibrate again")
         self.name = name
-        self.H_II = H_II
-        self.lam = float(damping * H_II.diagonal().double().mean())
+        self.diagonal_I = H_II.diagonal().clone()
+        self.lam = float(damping * self.diagonal_I.double().mean())
         if self.lam <= 0:
             raise BitallocError(f"moments of {name} are zero: no text reached it; calibrate on more or other text")
+        self._read = reread or (lambda: H_II)
+        self._held: Tensor | None = H_II
         self._factors: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def H_II(self) -> Tensor:  # noqa: N802 - the name of the paper
+        return self._read() if self._held is None else self._held
 
     def energy(self, D_OI: Tensor) -> float:
         """tr(D H D^T), undamped: the squared output error that D makes for each token."""
@@ -86,7 +96,7 @@ class Factor:
 
         The feedback of early columns falls on later ones, so the columns that matter most go first.
         """
-        diagonal_I = self.H_II.diagonal()
+        diagonal_I = self.diagonal_I
         starts = range(0, len(diagonal_I), group_size)
         places = list(range(len(starts)))
         if act_order:
@@ -109,10 +119,12 @@ class Factor:
     def _cholesky(self, permutation_I: Tensor) -> Tensor:
         # in float64: at weak damping an outlier input leaves too few digits of float32. In place, for this
         # is the largest array of a sweep: with 18944 inputs it takes 2.9 GB
-        flipped, n = permutation_I.flip(0), len(permutation_I)
-        A_II = self.H_II.new_empty(n, n, dtype=torch.float64)
+        H_II, flipped, n = self.H_II, permutation_I.flip(0), len(permutation_I)
+        self._held = None
+        A_II = H_II.new_empty(n, n, dtype=torch.float64)
         for a in range(0, n, BLOCK):
-            A_II[a : a + BLOCK] = self.H_II[flipped[a : a + BLOCK]].index_select(1, flipped)
+            A_II[a : a + BLOCK] = H_II[flipped[a : a + BLOCK]].index_select(1, flipped)
+        del H_II
         A_II.diagonal().add_(self.lam)
         A_II, info = A_II.T, torch.empty((), dtype=torch.int32, device=A_II.device)
         torch.linalg.cholesky_ex(A_II, out=(A_II, info))
@@ -120,7 +132,7 @@ class Factor:
             raise BitallocError(
                 f"moments of {self.name} are not positive definite; raise sweep.damping or calibrate on more text"
             )
-        M_II = self.H_II.new_zeros(n, n)
+        M_II = A_II.new_zeros(n, n, dtype=torch.float32)
         for a in range(0, n, BLOCK):
             b = min(a + BLOCK, n)
             M_II[a:b, a:] = A_II[n - b : n - a, : n - a].flip(0, 1)

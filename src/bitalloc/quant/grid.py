@@ -45,7 +45,6 @@ class Grid:
     D_IR: Tensor  # X - What, float32
     E_IR: Tensor  # the same whitened, D M
     error_R: Tensor  # float64: row sums of E^2, the calibrated error (damped)
-    square_R: Tensor  # float64: row sums of D^2
 
     @classmethod
     def empty(cls, X_IR: Tensor, order: Order) -> Grid:
@@ -58,9 +57,8 @@ class Grid:
             D_IR=X_IR,
             E_IR=torch.empty_like(X_IR),
             error_R=X_IR.new_zeros(rows, dtype=torch.float64),
-            square_R=X_IR.new_zeros(rows, dtype=torch.float64),
         )
 
-    def sums(self, rows: slice) -> tuple[float, float]:
-        """||E||_F^2 and ||D||_F^2 of one item."""
-        return float(self.error_R[rows].sum()), float(self.square_R[rows].sum())
+    def error(self, rows: slice) -> float:
+        """||E||_F^2 of one item."""
+        return float(self.error_R[rows].sum())

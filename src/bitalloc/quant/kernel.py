@@ -30,14 +30,14 @@ _NORMAL = np.float32(2.0**-14)  # smallest normal float16
 
 
 @njit(nogil=True, cache=True, fastmath={"contract"}, error_model="numpy")
-def _panels(first, last, X, F, N, diagonal, root, top, symmetric, codes, E, scale, zero, error, square):  # noqa: PLR0917 - plain arrays, for numba
+def _panels(first, last, X, F, N, diagonal, root, top, symmetric, codes, E, scale, zero, error):  # noqa: PLR0917 - plain arrays, for numba
     g, rows = X.shape
     w, d = np.empty((len(N), LANES), np.float32), np.empty((len(N), LANES), np.float32)
     lo, hi, t = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
     z, floor, ceiling = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
     trial, inverse, sum_ = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
     s, best, span = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
-    y, sum_e, sum_d = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    y, sum_e = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
     whole = trial.view(np.int32)
     for panel in range(first, last):
         at = panel * LANES
@@ -92,7 +92,7 @@ def _panels(first, last, X, F, N, diagonal, root, top, symmetric, codes, E, scal
                 s[r] = trial[r] if better else s[r]
         for r in range(LANES):
             inverse[r] = _ONE / s[r]
-            sum_e[r], sum_d[r] = _ZERO, _ZERO
+            sum_e[r] = _ZERO
         for i in range(g):
             if i % 4 == 0:  # what came before, for four columns and from four at a time: from registers
                 for j in range(0, i, 4):
@@ -123,7 +123,6 @@ def _panels(first, last, X, F, N, diagonal, root, top, symmetric, codes, E, scal
             for r in range(n):
                 x = X[i, at + r] - t[r] * s[r]
                 d[i, r] = x + F[i, at + r]
-                sum_d[r] += x * x
                 X[i, at + r] = x
                 E[i, at + r] = y[r]
                 codes[i, at + r] = np.uint8(t[r] + z[r])
@@ -133,7 +132,6 @@ def _panels(first, last, X, F, N, diagonal, root, top, symmetric, codes, E, scal
             scale[at + r] = s[r]
             zero[at + r] = np.uint8(z[r])
             error[at + r] += sum_e[r]
-            square[at + r] += sum_d[r]
 
 
 @cache
@@ -149,7 +147,7 @@ def columns(f_gR: Tensor, order: Order, stack: Stack, grid: Grid, group: Group, 
     N = torch.nn.functional.pad((M_gg / M_gg.diagonal()).T, (0, -len(M_gg) % 4, 0, -len(M_gg) % 4)).contiguous()
     scale_R = torch.empty_like(stack.top_R)
     inputs = (grid.D_IR[a:b], f_gR, N, M_gg.diagonal().contiguous(), order.weight_I[a:b].sqrt(), stack.top_R)
-    outputs = (grid.codes_IR[a:b], grid.E_IR[a:b], scale_R, grid.zero_GR[group.place], grid.error_R, grid.square_R)
+    outputs = (grid.codes_IR[a:b], grid.E_IR[a:b], scale_R, grid.zero_GR[group.place], grid.error_R)
     arrays = [tensor.numpy() for tensor in (*inputs, *outputs)]
     arrays.insert(len(inputs), stack.symmetric)
     panels = -(-f_gR.shape[1] // LANES)
