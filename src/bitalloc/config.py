@@ -74,7 +74,7 @@ class Sweep(Section):
         "auto", description="keep compressed matrices beside the errors; auto: when all together take under keep_limit"
     )
     keep_limit: str = Field("2GB", description="bytes, for keep_matrices: auto")
-    workspace: str = Field("2GB", description="bytes that stacked experiments may take; more are done in turns")
+    workspace: str = Field("4GB", description="bytes that stacked experiments may take; more are done in turns")
 
 
 class Sensitivity(Section):

@@ -161,8 +161,11 @@ class Experiments:
                 try:
                     for layer in wanted - targets.keys():
                         targets[layer] = self._target(layer)
-                    items = [(targets[layer], option) for layer, option in turn]
-                    results = compress(items, iterations=self.sweep.iterations, matrices=matrices)
+                    results = compress(
+                        [(targets[layer], option) for layer, option in turn],
+                        iterations=self.sweep.iterations,
+                        matrices=matrices,
+                    )
                 except (MemoryError, RuntimeError) as error:
                     if not _out_of_memory(error):
                         raise

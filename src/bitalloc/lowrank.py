@@ -136,7 +136,7 @@ def working_bytes(stack: Sequence[tuple[Hashable, int, int, Option]], *, iterati
 def _fitting_bytes(shape: tuple[int, int], rank: int) -> int:
     """Bytes for a refit: (W - Q) M, and what decomposes it, mostly in float64."""
     size, rung = math.prod(shape), _rung(rank, shape)
-    return 14 * size + 32 * rung**2 if _exact(shape, rung) else 6 * size + 48 * rung * sum(shape)
+    return 14 * size + 40 * rung**2 if _exact(shape, rung) else 6 * size + 48 * rung * sum(shape)
 
 
 def decompose(

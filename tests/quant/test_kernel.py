@@ -1,4 +1,7 @@
-"""The compiled kernel against plain torch, which is against the papers in test_gptq.py."""
+"""The compiled kernels against plain torch, which is against the papers in test_gptq.py."""
+
+import importlib
+import os
 
 import pytest
 import torch
@@ -7,12 +10,33 @@ from bitalloc.quant import Factor, Stack, block, kernel, quantizer
 from tests.quant.reference import moments, weights
 
 
+@pytest.fixture(scope="module")
+def fused():
+    """The kernel for GPUs under the interpreter of Triton: its arithmetic, not its speed."""
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which nothing else does here
+    pytest.importorskip("triton")
+    return importlib.import_module("bitalloc.quant.fused").columns
+
+
 def run(monkeypatch, work, name, *, columns, group_size, symmetric, rows=(48, 5, 130), bits=(2, 3, 8)):
     order = Factor(moments(columns, outliers=2), 0.1).order(group_size, True)
-    monkeypatch.setattr(block, "_compiled", lambda: work)
+    monkeypatch.setattr(block, "_compiled", lambda _: work)
     X_IR = torch.cat([weights(n, columns, seed=n, outliers=3) for n in rows]).T[order.permutation_I].contiguous()
     stack = Stack.of(rows, bits, symmetric=symmetric, device=X_IR.device)
     return X_IR.clone(), quantizer(name)(X_IR, stack, order), stack, order
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(("columns", "group_size"), [(172, 64), (30, 64), (20, 1)])
+@pytest.mark.parametrize("name", ["gptq", "rtn"])
+def test_the_kernel_for_gpus_agrees_with_plain_torch(monkeypatch, fused, name, columns, group_size, symmetric):  # noqa: PLR0917
+    settings = {"columns": columns, "group_size": group_size, "symmetric": symmetric}
+    _, ours, stack, _ = run(monkeypatch, fused, name, **settings)
+    _, plain, _, _ = run(monkeypatch, block.plain, name, **settings)
+    assert (ours.codes_IR == plain.codes_IR).float().mean() > 0.97
+    assert torch.equal(ours.zero_GR, plain.zero_GR)
+    for part in stack.rows:
+        assert ours.error(part) == pytest.approx(plain.error(part), rel=1e-3)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -63,19 +87,14 @@ def test_threads_do_not_change_a_bit(monkeypatch, threads):
 
 
 def test_without_numba_plain_torch_does_the_work_and_says_so(monkeypatch, capsys):
-    import builtins
 
-    real = builtins.__import__
+    def refuse(name):
+        raise ImportError("No module named 'numba'")
 
-    def refuse(name, *args, **kwargs):
-        if name == "bitalloc.quant" and args[2] and "kernel" in args[2]:
-            raise ImportError("No module named 'numba'")
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
+    monkeypatch.setattr(block, "import_module", refuse)
     block._compiled.cache_clear()
     try:
-        assert block._compiled() is block.plain
+        assert block._compiled("kernel") is block.plain
     finally:
         block._compiled.cache_clear()
     assert "no compiled kernel (No module named 'numba')" in capsys.readouterr().err

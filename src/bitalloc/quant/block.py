@@ -1,8 +1,9 @@
 """One group of columns: its scales, and its columns rounded one after another, each feeding the next.
 
-On a CPU this is `bitalloc.quant.kernel`; on any other device, and as the second opinion in the tests, plain
-torch. Every step is elementwise over rows or done for one item of the stack at a time: the result of an item
-does not depend on what it is stacked with, to the last bit.
+On a CPU this is `bitalloc.quant.kernel`, on a GPU `bitalloc.quant.fused`. Plain torch is the fallback and the
+second opinion in the tests of both; on a GPU it takes some 700 launches for a group. Every step is elementwise over
+rows or done for one item of the stack at a time: the result of an item does not depend on what it is stacked with,
+to the last bit.
 
 Shapes: g columns of one group, I inputs, R rows of all stacked matrices.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import cache
+from importlib import import_module
 
 import torch
 from torch import Tensor
@@ -28,18 +30,17 @@ def columns(f_gR: Tensor, order: Order, stack: Stack, grid: Grid, group: Group, 
     Codes, scales, zeros, whitened errors and their sums go to `grid` too. Without `feed` every column is
     rounded by itself.
     """
-    work = _compiled() if f_gR.device.type == "cpu" else plain
+    work = _compiled("kernel" if f_gR.device.type == "cpu" else "fused")
     work(f_gR, order, stack, grid, group, feed=feed)
 
 
 @cache
-def _compiled() -> Callable[..., None]:
-    try:
-        from bitalloc.quant import kernel  # numba takes half a second to import
+def _compiled(name: str) -> Callable[..., None]:
+    try:  # numba takes half a second to import; triton comes with torch where there is a GPU
+        return import_module(f"bitalloc.quant.{name}").columns
     except ImportError as error:
         print(f"[sweep] no compiled kernel ({error}); plain torch is several times slower", file=sys.stderr, flush=True)
         return plain
-    return kernel.columns
 
 
 def plain(f_gR: Tensor, order: Order, stack: Stack, grid: Grid, group: Group, *, feed: bool = True) -> None:
@@ -55,7 +56,7 @@ def plain(f_gR: Tensor, order: Order, stack: Stack, grid: Grid, group: Group, *,
     x_gR -= q_gR * scale_R
     grid.codes_IR[a:b] = q_gR.add_(zero_R)
     grid.scale_GR[group.place], grid.zero_GR[group.place] = scale_R.half(), zero_R.to(torch.uint8)
-    grid.error_R.add_(_fold(E_gR.square()))
+    grid.error_R.add_(fold(E_gR.square()))
 
 
 def _loop(t_gR: Tensor, N_gg: Tensor, zero_R: Tensor, stack: Stack) -> tuple[Tensor, Tensor]:
@@ -97,7 +98,7 @@ def search(y_gR: Tensor, stack: Stack, weight_g: Tensor) -> tuple[Tensor, Tensor
         torch.div(y_gR, s_R, out=t_gR)
         torch.round(t_gR, out=q_gR)
         torch.clamp(q_gR, floor_R, ceiling_R, out=q_gR)
-        error_R = _fold(q_gR.sub_(t_gR).mul_(root_g1).square_()) * s_R.square()
+        error_R = fold(q_gR.sub_(t_gR).mul_(root_g1).square_()) * s_R.square()
         if shrink == 1:
             best_R, scale_R = error_R, s_R
         else:
@@ -106,7 +107,7 @@ def search(y_gR: Tensor, stack: Stack, weight_g: Tensor) -> tuple[Tensor, Tensor
     return scale_R, zero_R
 
 
-def _fold(x_gR: Tensor) -> Tensor:
+def fold(x_gR: Tensor) -> Tensor:
     """Sum over the first axis, in place, by halves: `sum` may add in an order that depends on the stack."""
     n = len(x_gR)
     while n > 1:

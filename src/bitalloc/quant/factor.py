@@ -72,7 +72,7 @@ class Factor:
     def __init__(
         self, H_II: Tensor, damping: float, *, name: str = "H", reread: Callable[[], Tensor] | None = None
     ) -> None:
-        if not bool(torch.isfinite(H_II).all()):
+        if not all(bool(H.isfinite().all()) for H in H_II.split(BLOCK)):
             raise BitallocError(f"moments of {name} have NaN or Inf; check the checkpoint and calibrate again")
         self.name = name
         self.diagonal_I = H_II.diagonal().clone()
