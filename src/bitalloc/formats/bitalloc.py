@@ -8,23 +8,21 @@ Legend: W_OI a matrix of O outputs and I inputs.
 
 from __future__ import annotations
 
-import fnmatch
-import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from bitalloc import families
 from bitalloc.config import Sweep
 from bitalloc.errors import BitallocError
-from bitalloc.formats.layout import METADATA, Stored, block_file, header, layout, matrix_tensors
+from bitalloc.formats.files import copy_small, replacing, write
+from bitalloc.formats.layout import METADATA, block_file, layout, matrix_tensors
 from bitalloc.models import Checkpoint, materialise, skeleton, working_dtype
 from bitalloc.option import Option, from_row
 from bitalloc.quant import CompressedMatrix
@@ -33,7 +31,6 @@ from bitalloc.tables import PLAN
 
 MANIFEST = "bitalloc.json"
 VERSION = 1
-SMALL_FILES = ("*.json", "tokenizer*", "*.model", "merges.txt")  # copied along; the index of the source is not
 Matrices = Callable[[str, Option], CompressedMatrix]
 
 
@@ -72,10 +69,7 @@ def save(
     if folder.exists():
         _check_equal(folder, content)
         return
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
+    with replacing(folder) as temporary:
         written = {}
         for file, tensors in files.items():
             found: dict[str, torch.Tensor] = {}
@@ -83,16 +77,15 @@ def save(
                 if block_file(row["block"]) == file:
                     parts = matrix(row["layer"], from_row(row, sweep)).tensors()
                     found |= {f"{row['layer']}.{name}": tensor for name, tensor in parts.items()}
-            written[file] = _write(temporary / file, tensors, found, source)
-        for small in _small_files(source.path):
-            shutil.copyfile(source.path / small, temporary / small)
+            # a head is larger than a block, so that the source's are read one at a time
+            get = partial(_either, found, source)
+            written[file] = write(temporary / file, tensors, get, METADATA)
+        copy_small(source.path, temporary)
         write_atomically(temporary / MANIFEST, canonical({**content, "files": written}).encode())
-        os.replace(temporary, folder)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise BitallocError(f"cannot write {folder}: {reason}; free space or fix permissions, then rerun") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _either(made: Mapping[str, torch.Tensor], source: Checkpoint, name: str) -> torch.Tensor:
+    return made[name] if name in made else source.tensor(name)
 
 
 def load(
@@ -190,30 +183,3 @@ def _check_equal(folder: Path, content: Mapping[str, Any]) -> None:
     reader = Reader(folder)
     for file in manifest["files"]:
         reader._open(file)
-
-
-def _write(path: Path, tensors: list[Stored], made: Mapping[str, torch.Tensor], source: Checkpoint) -> dict[str, Any]:
-    """A safetensors file of tensors `made` or of the source, those one at a time: a head is larger than a block."""
-    whole = hashlib.sha256()
-    with path.open("wb") as file:
-
-        def put(data: Any) -> None:
-            file.write(data)
-            whole.update(data)
-
-        put(header(tensors))
-        for stored in tensors:
-            tensor = made[stored.name] if stored.name in made else source.tensor(stored.name)
-            if tensor.nbytes != stored.nbytes:
-                raise BitallocError(
-                    f"{stored.name} takes {tensor.nbytes} bytes, {stored.nbytes} were promised; report this"
-                )
-            put(tensor.contiguous().flatten().view(torch.uint8).numpy())
-        file.flush()
-        os.fsync(file.fileno())
-    return {"nbytes": path.stat().st_size, "sha256": whole.hexdigest()}
-
-
-def _small_files(folder: Path) -> list[str]:
-    names = sorted(path.name for path in folder.iterdir() if path.is_file() and not path.name.endswith(".index.json"))
-    return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in SMALL_FILES)]

@@ -17,7 +17,7 @@ A head that is tied to the embedding and buffers that are recomputed are left ou
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -166,9 +166,9 @@ def rest_nbytes(inventory: pd.DataFrame, options: Iterable[Option], sweep: Sweep
     )
 
 
-def header(tensors: Iterable[Stored], start: int = 0) -> bytes:
+def header(tensors: Iterable[Stored], metadata: Mapping[str, str] = METADATA, *, start: int = 0) -> bytes:
     """The length field and the JSON header, padded with spaces to a multiple of 8, as safetensors writes them."""
-    fields: dict[str, Any] = {"__metadata__": METADATA}
+    fields: dict[str, Any] = {"__metadata__": dict(metadata)}
     for tensor in tensors:
         end = start + tensor.nbytes
         fields[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": (start, end)}
