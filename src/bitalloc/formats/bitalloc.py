@@ -22,7 +22,7 @@ from bitalloc import families
 from bitalloc.config import Sweep
 from bitalloc.errors import BitallocError
 from bitalloc.formats.files import copy_small, replacing, write
-from bitalloc.formats.layout import METADATA, block_file, layout, matrix_tensors
+from bitalloc.formats.layout import METADATA, Stored, block_file, layout, matrix_tensors
 from bitalloc.models import Checkpoint, materialise, skeleton, working_dtype
 from bitalloc.option import Option, from_row
 from bitalloc.quant import CompressedMatrix
@@ -133,6 +133,16 @@ class Reader:
         self.plan = {row["layer"]: row for row in self.manifest["plan"]}
         self.options = Sweep(**self.manifest["options"])
         self._files: dict[str, Any] = {}
+
+    def stored(self, file: str) -> list[Stored]:
+        """Every tensor of a file, as it is stored."""
+        handle = self._open(file)
+        slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+        return [Stored(name, part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()]
+
+    def raw(self, file: str, name: str) -> torch.Tensor:
+        """A tensor of a file, as it is stored."""
+        return self._open(file).get_tensor(name)
 
     def matrix(self, layer: str) -> CompressedMatrix:
         """A claimed matrix as it is stored."""

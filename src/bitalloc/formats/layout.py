@@ -120,7 +120,12 @@ def layout(inventory: pd.DataFrame, plan: pd.DataFrame, sweep: Sweep) -> Layout:
             tensors = _as_stored(row)
         if tensors:
             files.setdefault(block_file(row["block"]), []).extend(tensors)
-    return {file: sorted(files[file], key=lambda tensor: (_ORDER[tensor.dtype], tensor.name)) for file in sorted(files)}
+    return {file: in_order(files[file]) for file in sorted(files)}
+
+
+def in_order(tensors: Iterable[Stored]) -> list[Stored]:
+    """As safetensors orders them."""
+    return sorted(tensors, key=lambda tensor: (_ORDER[tensor.dtype], tensor.name))
 
 
 def _as_stored(row: dict[str, Any]) -> list[Stored]:
@@ -132,9 +137,9 @@ def _as_stored(row: dict[str, Any]) -> list[Stored]:
     return [Stored(row["tensor"], _DTYPES[row["dtype"]][0], shape)]
 
 
-def nbytes(files: Layout) -> int:
+def nbytes(files: Layout, metadata: Mapping[str, str] = METADATA) -> int:
     """Bytes on disk of all files: length field, header, data."""
-    return sum(len(header(tensors)) + sum(tensor.nbytes for tensor in tensors) for tensors in files.values())
+    return sum(len(header(tensors, metadata)) + sum(tensor.nbytes for tensor in tensors) for tensors in files.values())
 
 
 def checkpoint_nbytes(inventory: pd.DataFrame, plan: pd.DataFrame, sweep: Sweep) -> int:

@@ -1,0 +1,248 @@
+"""Hugging Face format: `compressed-tensors` (pack-quantized) and, where there is rank, a PEFT adapter.
+
+    model-00001-of-N.safetensors   a file for each block, one for the rest; exactly the codes and scales of the plan
+    adapter/                       L and R as lora_B and lora_A of a LoRA with a rank for each matrix, scale 1
+
+Plain `transformers` with `compressed-tensors` and `peft` loads both and knows nothing of this package. A matrix
+W_OI with G groups of g inputs, b-bit codes and rank r is stored as
+
+    <layer>.weight_packed  I32  [O, ceil(I b / 32)]   the native bitstream, rows padded to words
+    <layer>.weight_scale   F16  [O, G]
+    <layer>.weight_shape   I64  [2]
+    lora_A, lora_B         F16  [r, I], [O, r]        16-bit factors
+                           F16  [r, I], F32 [O, r]    8-bit factors: integers, integers times both scales
+
+and nothing is rounded. 8-bit factors take three times their bytes here: sweep with `factor_bits: 16` for this format.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitalloc.errors import BitallocError
+from bitalloc.formats.bitalloc import Reader
+from bitalloc.formats.files import copy_small, replacing, write
+from bitalloc.formats.layout import Layout, Stored, block_file, in_order, matrix_tensors
+from bitalloc.formats.layout import nbytes as nbytes_of
+from bitalloc.option import PASS_THROUGH, from_row
+from bitalloc.quant import CompressedMatrix
+from bitalloc.quant.packing import pack
+from bitalloc.store import write_atomically
+
+FAMILIES = ("llama", "qwen2", "mistral")
+METADATA = {"format": "pt"}
+LORA = "base_model.model."  # before the names that peft gives
+ADAPTER = "adapter/adapter_model.safetensors"
+BITS = (2, 3, 4, 8)
+INDEX = "model.safetensors.index.json"
+
+
+def refuse(reader: Reader) -> None:
+    """Raise `BitallocError` for what `compressed-tensors` loads wrong or not at all."""
+    if reader.family.name not in FAMILIES:
+        raise BitallocError(
+            f"huggingface carries {', '.join(FAMILIES)}, not {reader.family.name}: use the native format (bitalloc)"
+        )
+    for layer, row in reader.plan.items():
+        if row["quantizer"] == PASS_THROUGH:
+            continue
+        why = None
+        if row["bits"] not in BITS:
+            why = f"has {row['bits']} bits, which is none of {BITS}"
+        elif row["columns"] % row["group_size"]:
+            why = f"has {row['columns']} inputs, no multiple of the group size {row['group_size']}"
+        if why:
+            raise BitallocError(f"huggingface cannot carry {layer}: it {why}, or use the native format (bitalloc)")
+
+
+def layout(reader: Reader) -> Layout:
+    """File -> its tensors, in the order in which safetensors stores them."""
+    files: Layout = {}
+    adapter: list[Stored] = []
+    native = list(reader.manifest["files"])
+    coded = {layer: row for layer, row in reader.plan.items() if row["quantizer"] != PASS_THROUGH}
+    packed = {
+        stored.name
+        for layer, row in coded.items()
+        for stored in matrix_tensors(layer, row["rows"], row["columns"], from_row(row, reader.options))
+    }
+    for place, file in enumerate(native, 1):
+        kept = [stored for stored in reader.stored(file) if stored.name not in packed]
+        mine = {layer: row for layer, row in coded.items() if block_file(row["block"]) == file}
+        made = [
+            stored for layer, row in mine.items() for stored in _matrix_tensors(layer, row, reader.options.symmetric)
+        ]
+        files[f"model-{place:05d}-of-{len(native):05d}.safetensors"] = in_order(kept + made)
+        ranked = {layer: row for layer, row in mine.items() if row["rank"]}
+        adapter += [s for layer, row in ranked.items() for s in _lora_tensors(layer, row, reader.options.factor_bits)]
+    return files | ({ADAPTER: in_order(adapter)} if adapter else {})
+
+
+def _matrix_tensors(layer: str, row: Mapping[str, Any], symmetric: bool) -> list[Stored]:
+    rows, bits, groups = row["rows"], row["bits"], row["columns"] // row["group_size"]
+    tensors = [
+        Stored(f"{layer}.weight_packed", "I32", (rows, -(-row["columns"] * bits // 32))),
+        Stored(f"{layer}.weight_scale", "F16", (rows, groups)),
+        Stored(f"{layer}.weight_shape", "I64", (2,)),
+    ]
+    zero = Stored(f"{layer}.weight_zero_point", "I32", (-(-rows * bits // 32), groups))
+    return tensors if symmetric else [*tensors, zero]
+
+
+def _lora_tensors(layer: str, row: Mapping[str, Any], factor_bits: int) -> list[Stored]:
+    return [
+        Stored(f"{LORA}{layer}.lora_A.weight", "F16", (row["rank"], row["columns"])),
+        Stored(f"{LORA}{layer}.lora_B.weight", "F32" if factor_bits == 8 else "F16", (row["rows"], row["rank"])),
+    ]
+
+
+def nbytes(reader: Reader) -> int:
+    """Bytes on disk of all safetensors files and of the index of the model's."""
+    files = layout(reader)
+    return nbytes_of(files, METADATA) + len(_index(files))
+
+
+def save(target: Path, reader: Reader, *, card: str = "") -> None:
+    """Write a checkpoint for strangers; raises `BitallocError` as `refuse` and `replacing` do."""
+    refuse(reader)
+    files = layout(reader)
+    native = {stored.name: file for file in reader.manifest["files"] for stored in reader.stored(file)}
+    with replacing(target) as folder:
+        copy_small(reader.folder, folder)
+        for file, tensors in files.items():
+            (folder / file).parent.mkdir(exist_ok=True)
+            write(folder / file, tensors, partial(_tensor, reader, native), METADATA)
+        write_atomically(folder / INDEX, _index(files))
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        raw["quantization_config"] = quantization_config(reader)
+        write_atomically(folder / "config.json", _json(raw))
+        if ADAPTER in files:
+            write_atomically((folder / ADAPTER).with_name("adapter_config.json"), _json(adapter_config(reader)))
+        if card:
+            write_atomically(folder / "README.md", card.encode())
+
+
+def quantization_config(reader: Reader) -> dict[str, Any]:
+    """What `config.json` says to `compressed-tensors`: a group for each (bits, group size), by exact names."""
+    groups: dict[tuple[int, int], list[str]] = defaultdict(list)
+    kept = ["lm_head"]
+    for layer, row in reader.plan.items():
+        if row["quantizer"] == PASS_THROUGH:
+            kept.append(layer)
+        else:
+            groups[row["bits"], row["group_size"]].append(layer)
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "ignore": kept,
+        "kv_cache_scheme": None,
+        "config_groups": {
+            f"group_{k}": {
+                "targets": groups[bits, size],
+                "weights": {
+                    "num_bits": bits,
+                    "type": "int",
+                    "strategy": "group",
+                    "group_size": size,
+                    "symmetric": reader.options.symmetric,
+                    "dynamic": False,
+                },
+                "input_activations": None,
+                "output_activations": None,
+            }
+            for k, (bits, size) in enumerate(sorted(groups))
+        },
+    }
+
+
+def adapter_config(reader: Reader) -> dict[str, Any]:
+    """What `peft` needs; with alpha equal to the rank of each matrix the scale is 1."""
+    ranks = {layer: row["rank"] for layer, row in reader.plan.items() if row["rank"]}
+    usual = max(ranks.values())
+    # peft takes a pattern for the end of a name: whole names, so that no other module ends alike
+    patterns = {layer: rank for layer, rank in ranks.items() if rank != usual}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "..",
+        "inference_mode": True,
+        "target_modules": list(ranks),
+        "r": usual,
+        "lora_alpha": usual,
+        "rank_pattern": patterns,
+        "alpha_pattern": patterns,
+        "lora_dropout": 0.0,
+        "bias": "none",
+    }
+
+
+def _tensor(reader: Reader, native: Mapping[str, str], name: str) -> Tensor:
+    """A tensor under its name here; `native` has the file of those that are kept."""
+    if name in native:
+        return reader.raw(native[name], name)
+    if name.startswith(LORA):
+        layer, _, part = name.removeprefix(LORA).removesuffix(".weight").rpartition(".")
+        return lora_factors(reader.matrix(layer))[part == "lora_B"]
+    layer, _, part = name.rpartition(".")
+    row = reader.plan[layer]
+    if part == "weight_shape":
+        return torch.tensor([row["rows"], row["columns"]])
+    file = block_file(row["block"])
+    if part == "weight_scale":
+        return reader.raw(file, f"{layer}.scale")
+    if part == "weight_zero_point":  # packed along the rows, as servers slice them
+        return _words(pack(reader.matrix(layer).zero_OG.T.contiguous(), row["bits"])).T
+    return _words(reader.raw(file, f"{layer}.codes"))
+
+
+def _words(packed: Tensor) -> Tensor:
+    """Rows of bytes [rows, n] as rows of words [rows, ceil(n / 4)]."""
+    return torch.nn.functional.pad(packed, (0, -packed.shape[1] % 4)).view(torch.int32)
+
+
+def lora_factors(matrix: CompressedMatrix) -> tuple[Tensor, Tensor]:
+    """(A_RI, B_OR) with B A = L R, exactly: 16-bit factors as they are.
+
+    Of 8-bit factors A holds the integers and B the others times both scales, 7 + 22 bits in a float32.
+    """
+    if matrix.L_scale_R is None:
+        return matrix.R_RI, matrix.L_OR
+    scale_R = matrix.L_scale_R.float() * matrix.R_scale_R.float()
+    return matrix.R_RI.half(), matrix.L_OR.float() * scale_R
+
+
+def _index(files: Layout) -> bytes:
+    weights = {file: tensors for file, tensors in files.items() if file != ADAPTER}
+    total = sum(tensor.nbytes for tensors in weights.values() for tensor in tensors)
+    where = {tensor.name: file for file, tensors in weights.items() for tensor in tensors}
+    return _json({"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
+
+
+def _json(content: Any) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def licence(lines: Iterable[str]) -> str | None:
+    """The `license` of a model card's front matter.
+
+    >>> licence(["---", "license: apache-2.0", "---", "# A model"])
+    'apache-2.0'
+    """
+    inside = False
+    for line in lines:
+        if line.strip() == "---":
+            if inside:
+                return None
+            inside = True
+        elif inside and line.startswith("license:"):
+            return line.partition(":")[2].strip()
+    return None
