@@ -18,6 +18,7 @@ include: "workflow/rules/fit.smk"
 include: "workflow/rules/allocate.smk"
 include: "workflow/rules/compress.smk"
 include: "workflow/rules/evaluate.smk"
+include: "workflow/rules/export.smk"
 include: "workflow/rules/analyze.smk"
 include: "workflow/rules/report.smk"
 

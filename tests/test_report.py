@@ -2,11 +2,13 @@ import json
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
+import yaml
 
 from bitalloc import report, tables
 from bitalloc.analyze import analyze, summary
-from bitalloc.config import Analyze
+from bitalloc.config import Analyze, Retrieve
 from bitalloc.errors import BitallocError
 from tests.simulated import BUDGETS, empty, gates, law, simulate
 
@@ -137,3 +139,26 @@ def test_the_command_prints_the_table_and_the_time(results, logs, tmp_path):
     absent = subprocess.run([*run, str(tmp_path / "none")], capture_output=True, text=True, check=False)
     assert absent.returncode == 1
     assert absent.stderr.startswith("error: cannot read") and absent.stderr.count("\n") == 1
+
+
+def test_the_model_card_says_what_it_is_and_how_to_load_it(results):
+    name = results.plans.query("strategy == 'best'")["plan"].iloc[0]
+    plan = pd.DataFrame({"quantizer": "gptq", "bits": [2, 2, 3], "group_size": 64, "rank": [0, 0, 8]})
+
+    def made(plan, licence):
+        return report.card(
+            "tiny", name, form="huggingface", base="someone/base", licence=licence, calibrated=Retrieve(),
+            plan=plan, plans=results.plans, evaluate=results.evaluate, gates=gates(),
+        )  # fmt: skip
+
+    text = made(plan, "apache-2.0")
+    front = yaml.safe_load(text.split("---")[1])
+    assert (front["license"], front["base_model"]) == ("apache-2.0", "someone/base")
+    assert "| gptq | 2 | 64 | 0 | 2 |" in text and "| gptq | 3 | 64 | 8 | 1 |" in text
+    assert "1024 windows of 2048 tokens of wikitext2_train" in text
+    for row in ("| reference |", f"| {name} |", "| uniform-"):
+        assert text.count(row) == 1
+    assert "checks say GO" in text and "PeftModel" in text
+    without = made(plan.assign(rank=0), None)
+    assert "PeftModel" not in without and "license" not in yaml.safe_load(without.split("---")[1])
+    assert "not stated beside its weights" in without

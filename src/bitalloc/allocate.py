@@ -89,6 +89,15 @@ def build(costs: pd.DataFrame, sensitivity: pd.DataFrame, inventory: pd.DataFram
     return Instance(tuple(row), tuple(options), weights_N, nbytes_NK, costs_NK)
 
 
+def limit(text: str) -> int | None:
+    """Bytes that a budget leaves to the whole checkpoint; None when it speaks of the claimed matrices alone.
+
+    >>> limit("8GB"), limit("2.6bpw"), limit("uniform 3b")
+    (8000000000, None, None)
+    """
+    return None if text.strip().endswith("bpw") or text.strip().startswith("uniform") else parse_bytes(text)
+
+
 def parse_budget(text: str, instance: Instance, inventory: pd.DataFrame, sweep: Sweep) -> Budget:
     """Bytes for the claimed matrices of "8GB" / "8GiB" (whole checkpoint), "2.6bpw" or "uniform 3b g64 r8".
 

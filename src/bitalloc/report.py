@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from bitalloc import tables
+from bitalloc.config import Retrieve
 from bitalloc.errors import BitallocError
 from bitalloc.progress import clock
 
@@ -129,6 +130,73 @@ def markdown(
     if times:
         parts += ["## Where the time went", _grid(TIMES, times), TIMES_NOTE]
     return "\n\n".join(parts) + "\n"
+
+
+LOADING = {
+    "huggingface": """from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("this/folder")  # needs compressed-tensors
+{adapter}""",
+}
+ADAPTER = """
+import torch
+from peft import PeftModel
+with torch.inference_mode():
+    model(torch.tensor([[0]]))  # unpacks the weights, which the adapter needs
+model = PeftModel.from_pretrained(model, "this/folder/adapter")
+"""
+
+
+def card(
+    model: str,
+    name: str,
+    *,
+    form: str,
+    base: str,
+    licence: str | None,
+    calibrated: Retrieve,
+    plan: pd.DataFrame,
+    plans: pd.DataFrame,
+    evaluate: pd.DataFrame,
+    gates: pd.DataFrame,
+) -> str:
+    """The model card of plan `name` in format `form`: what it is, how to load it, and what was measured."""
+    own = plans.set_index("plan").loc[name]
+    peers = plans[(plans["budget"] == own["budget"]) & ((plans["plan"] == name) | (plans["strategy"] == "uniform"))]
+    header, rows = _rows(peers, evaluate, empty_checkpoints())
+    counts = plan.value_counts(["quantizer", "bits", "group_size", "rank"]).sort_index()
+    chosen = [(quantizer, *map(str, (*rest, n))) for (quantizer, *rest), n in counts.items()]
+    windows = f"{calibrated.calibrate_windows} windows of {calibrated.window} tokens"
+    loading = LOADING[form].format(adapter=ADAPTER if (plan["rank"] > 0).any() else "")
+    front = [
+        "---",
+        *([f"license: {licence}"] if licence else []),
+        f"base_model: {base}",
+        "tags: [bitalloc, quantized]",
+        "---",
+    ]
+    parts = [
+        "\n".join(front),
+        f"# {model}, {name}",
+        f"{base} with its {len(plan)} matrices at {own['bits_per_weight']:.3f} bits a weight, for a budget of "
+        f"{own['budget']}; embeddings, norms and head as they were. Made by bitalloc. Licence of the base model: "
+        f"{licence or 'not stated beside its weights; see its page'}.",
+        f"```python\n{loading.strip()}\n```",
+        "## Plan",
+        _grid(("quantizer", "bits", "group size", "rank", "matrices"), chosen),
+        f"Calibrated on {windows} of {', '.join(calibrated.calibrate)}.",
+        "## Evaluation",
+        _grid(header, [row for row in rows if row]),
+        f"{_note(evaluate)} `reference` is the unquantised model. Scores were taken with the weights that this "
+        "checkpoint unpacks to, inside bitalloc.",
+        "## What this stands on",
+        _stamp(gates),
+        "\n".join(f"- {line}" for line in _verdicts(gates)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def empty_checkpoints() -> pd.DataFrame:
+    return pd.DataFrame({column.name: [] for column in tables.CHECKPOINTS.columns})
 
 
 def _rows(

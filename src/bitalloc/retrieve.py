@@ -18,7 +18,7 @@ from bitalloc.families import Family
 from bitalloc.models import Checkpoint, check_config, context_length, read_config
 from bitalloc.world import Item, World
 
-FILES = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt"]
+FILES = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt", "README.md"]
 
 
 def resolve(name: str, model: Model) -> tuple[Path, str]:

@@ -288,6 +288,18 @@ CHECKPOINTS = Table(
         Column("digest", STR, "SHA-256 over names and digests of the weights files"),
     ),
 )
+EXPORTS = Table(
+    "exports",
+    "A checkpoint in a format of other software, and whether it has the promised size.",
+    ("plan", "format"),
+    (
+        Column("plan", STR, "name of the plan"),
+        Column("format", STR, "member of bitalloc.export.FORMATS"),
+        Column("path", STR, "file or folder, beside this table"),
+        Column("predicted_nbytes", INT, "bytes computed before writing"),
+        Column("nbytes", INT, "bytes on disk: weights, headers, index, adapter"),
+    ),
+)
 EVALUATE = Table(
     "evaluate",
     "Scores of every plan, long form. The plan `reference` is the unquantised model.",
@@ -356,6 +368,6 @@ TABLES = {
     table.name: table
     for table in (
         INVENTORY, TOKENS, ITEMS, MOMENTS, SWEEP, SENSITIVITY, LAW, RESIDUALS, COSTS, PLAN, PLANS, CHECKPOINTS,
-        EVALUATE, RESPONSES, GATES, GOODHART,
+        EXPORTS, EVALUATE, RESPONSES, GATES, GOODHART,
     )
 }  # fmt: skip

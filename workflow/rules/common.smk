@@ -63,6 +63,7 @@ wildcard_constraints:
     gate=r"[a-z]+",
     plan=r"[^/]+",
     part=r"\d+",
+    format="huggingface",
 
 
 @checked
@@ -86,6 +87,11 @@ def section(*names):
 def sheet(wildcards):
     """Parameter function: the model's row of the model sheet, without its settings."""
     return checked(CONFIG.model)(wildcards.model).model_dump(exclude={"settings"})
+
+
+def base(wildcards):
+    """Parameter function: the model as the world knows it."""
+    return sheet(wildcards)["hub"] or wildcards.model
 
 
 def code(*modules):

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -108,6 +108,11 @@ def nbytes(reader: Reader) -> int:
     """Bytes on disk of all safetensors files and of the index of the model's."""
     files = layout(reader)
     return nbytes_of(files, METADATA) + len(_index(files))
+
+
+def measure(target: Path) -> int:
+    """Bytes on disk of what `nbytes` counts."""
+    return sum(file.stat().st_size for file in (*target.rglob("*.safetensors"), target / INDEX))
 
 
 def save(target: Path, reader: Reader, *, card: str = "") -> None:
@@ -231,18 +236,11 @@ def _json(content: Any) -> bytes:
     return (json.dumps(content, indent=2) + "\n").encode()
 
 
-def licence(lines: Iterable[str]) -> str | None:
-    """The `license` of a model card's front matter.
-
-    >>> licence(["---", "license: apache-2.0", "---", "# A model"])
-    'apache-2.0'
-    """
-    inside = False
-    for line in lines:
-        if line.strip() == "---":
-            if inside:
-                return None
-            inside = True
-        elif inside and line.startswith("license:"):
-            return line.partition(":")[2].strip()
-    return None
+def licence(card: Path) -> str | None:
+    """The `license` in the front matter of a model card; None without one."""
+    try:
+        _, front, _ = card.read_text(encoding="utf-8").split("---", 2)
+    except (OSError, ValueError):
+        return None
+    found = [line.partition(":")[2].strip() for line in front.splitlines() if line.startswith("license:")]
+    return found[0] if found else None

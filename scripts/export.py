@@ -1,0 +1,44 @@
+"""One checkpoint in a format of other software, with a model card, and its row of EXPORTS."""
+
+import json
+from pathlib import Path
+
+from bitalloc.allocate import limit
+from bitalloc.config import Config
+from bitalloc.export import export
+from bitalloc.formats.huggingface import licence
+from bitalloc.report import card
+from bitalloc.script import stage
+from bitalloc.tables import EXPORTS, PLAN, PLANS, TABLES
+
+
+def main(
+    *, names: dict[str, str], inputs: dict[str, Path], base: str, settings: Config, target: Path, path_to_table: Path
+) -> None:
+    plans = PLANS.read(inputs["plans"])
+    source = Path(json.loads(inputs["checkpoint"].read_text())["path"])
+    text = card(
+        names["model"],
+        names["plan"],
+        form=names["format"],
+        base=base,
+        licence=licence(source / "README.md"),
+        calibrated=settings.retrieve,
+        plan=PLAN.read(inputs["plans_folder"] / f"{names['plan']}.parquet"),
+        **{name: TABLES[name].read(inputs[name]) for name in ("plans", "evaluate", "gates")},
+    )
+    budget = plans.loc[plans["plan"] == names["plan"], "budget"].item()
+    row = export(inputs["folder"], target, name=names["format"], card=text, limit=limit(budget))
+    EXPORTS.write(row, path_to_table)
+
+
+if __name__ == "__main__":
+    with stage(snakemake):
+        main(
+            names=dict(snakemake.wildcards.items()),
+            inputs={name: Path(path) for name, path in snakemake.input.items()},
+            base=snakemake.params.base,
+            settings=Config(**snakemake.params.settings),
+            target=Path(snakemake.output.target),
+            path_to_table=Path(snakemake.output.table),
+        )

@@ -1,0 +1,24 @@
+"""Checkpoints in formats that other software loads."""
+
+
+rule export:
+    input:
+        checkpoint="results/{model}/checkpoint.json",
+        folder="results/{model}/models/{plan}",
+        plans_folder="results/{model}/plans",
+        plans="results/{model}/plans.parquet",
+        evaluate="results/{model}/evaluate.parquet",
+        gates="results/{model}/gates.parquet",
+    output:
+        target=directory("results/{model}/{format}/{plan}"),
+        table="results/{model}/{format}/{plan}.parquet",
+    log:
+        "logs/{model}/export/{format}/{plan}.log",
+    conda:
+        "../../envs/bitalloc.yaml"
+    params:
+        settings=section("retrieve"),
+        base=base,
+        code=code("export", "report"),
+    script:
+        "../../scripts/export.py"
