@@ -9,7 +9,7 @@ from bitalloc.export import export
 from bitalloc.formats.huggingface import licence
 from bitalloc.report import card
 from bitalloc.script import stage
-from bitalloc.tables import EXPORTS, PLAN, PLANS, TABLES
+from bitalloc.tables import EXPORTS, PLAN, PLANS, TABLES, verdicts
 
 
 def main(
@@ -29,7 +29,7 @@ def main(
     )
     budget = plans.loc[plans["plan"] == names["plan"], "budget"].item()
     row = export(inputs["folder"], target, name=names["format"], card=text, limit=limit(budget))
-    EXPORTS.write(row, path_to_table)
+    EXPORTS.write(row, path_to_table, verdicts=verdicts(inputs["plans"]))
 
 
 if __name__ == "__main__":

@@ -308,3 +308,31 @@ def test_overrides_are_yaml_with_the_summary_above():
     for layer, option in read.items():
         assert option == frame.loc[layer, ["quantizer", "bits", "group_size", "rank"]].to_dict()
     assert "# plan: optimal-2.8bpw\n" in text and "# budget: 2.8bpw\n" in text and "# note" not in text
+
+
+def test_fused_groups_take_one_option_and_the_price_is_told():
+    config = configured(fuse=["qkv"], pool=0)
+    here = model(config=config)
+    plans, frames = here.allocate(config)
+    free, _ = here.allocate(configured(pool=0))
+    for name, frame in frames.items():
+        joint = frame[frame["role"].isin(["q_proj", "k_proj"])].groupby("block")
+        chosen = joint[["quantizer", "bits", "group_size", "rank"]].nunique().max().max()
+        assert chosen == 1 or name.startswith("unfused")
+    at = plans.set_index("strategy")
+    assert at.loc["unfused", "objective"] == free.set_index("strategy").loc["optimal", "objective"]
+    assert at.loc["unfused", "objective"] < at.loc["optimal", "objective"] == at.loc["optimal", "lower_bound"]
+    lower = 100 * (1 - at.loc["unfused", "objective"] / at.loc["optimal", "objective"])
+    assert at.loc["unfused", "note"] == f"optimal without fusing qkv: predicted cost {lower:.1f} % lower"
+    for row in plans.itertuples():
+        assert row.nbytes == frames[row.plan]["nbytes"].sum() <= row.budget_bytes
+        assert row.objective == pytest.approx(frames[row.plan]["cost_nats_per_token"].sum())
+
+
+def test_what_servers_load_is_fused_by_default():
+    assert configured().fuse == []
+    exported = parse({"export": {"formats": ["huggingface"]}})
+    assert exported.fuse == ["qkv", "gate_up"]
+    assert parse({"export": {"formats": ["huggingface"]}, "allocate": {"fuse": []}}).fuse == []
+    with pytest.raises(BitallocError, match=r"allocate\.fuse.*'qkv' or 'gate_up'.*'qk'"):
+        configured(fuse=["qk"])

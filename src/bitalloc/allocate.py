@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, get_args
@@ -17,15 +17,18 @@ from typing import Any, get_args
 import numpy as np
 import pandas as pd
 import yaml
+from numpy.typing import NDArray
 
 from bitalloc.config import Allocate, Bits, Config, Sweep, parse_bytes
 from bitalloc.errors import BitallocError
+from bitalloc.families import FUSED
 from bitalloc.formats.layout import checkpoint_nbytes, rest_nbytes
 from bitalloc.option import PASS_THROUGH, Option
 from bitalloc.strategies import Choice, Instance, random, strategy
 from bitalloc.strategies.optimal import Solution, gap, solve
 
 _OPTION = ["quantizer", "bits", "group_size", "rank"]
+UNFUSED = "unfused"  # the optimum if nothing were fused; it never competes for `best`
 _TRIES = 10  # solves or draws for each further plan that must differ from those before
 _RESTRICTED = {"bits_only": "rank 0 only", "rank_only": "one quantizer, bits and group size; rank free"}
 
@@ -89,6 +92,18 @@ def build(costs: pd.DataFrame, sensitivity: pd.DataFrame, inventory: pd.DataFram
     return Instance(tuple(row), tuple(options), weights_N, nbytes_NK, costs_NK)
 
 
+def units(place: pd.DataFrame, groups: Sequence[str]) -> NDArray[np.int64]:
+    """The unit of each matrix: one for the matrices of a group of `families.FUSED` in a block, else its own.
+
+    >>> roles = ["q_proj", "k_proj", "o_proj", "q_proj"]
+    >>> units(pd.DataFrame({"layer": list("abcd"), "block": [0, 0, 0, 1], "role": roles}), ["qkv"]).tolist()
+    [0, 0, 1, 2]
+    """
+    group = {role: name for name in groups for role in FUSED[name]}
+    keys = [(row.block, group[row.role]) if row.role in group else row.layer for row in place.itertuples()]
+    return pd.factorize(pd.Series(keys, dtype=object))[0]
+
+
 def limit(text: str) -> int | None:
     """Bytes that a budget leaves to the whole checkpoint; None when it speaks of the claimed matrices alone.
 
@@ -143,22 +158,34 @@ def allocate(
 ) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:
     """PLANS frame and plan name -> PLAN frame: all budgets x strategies, runners-up and the random pool.
 
-    `lower_bound` is that of the joint problem, so every plan's gap tells how far it can be from the best.
+    `lower_bound` is that of the joint problem, so every plan's gap tells how far it can be from the best. Groups
+    that are to be fused take one option together; the plan `unfused` then shows what that costs.
     """
     settings = config.allocate
-    instance = build(costs, sensitivity, inventory, config)
+    whole = build(costs, sensitivity, inventory, config)
+    place = inventory[inventory["claimed"]][["layer", "block", "role"]].reset_index(drop=True)
+    unit_N = units(place, config.fuse)
+    instance = whole.fused(unit_N)
     budgets = [parse_budget(text, instance, inventory, config.sweep) for text in settings.budgets]
     if twice := [b.text for b in budgets if [c.slug for c in budgets].count(b.slug) > 1]:
         raise BitallocError(f"allocate.budgets names {twice[0]!r} twice; remove one")
     for name in settings.strategies:
         strategy(name)
-    place = inventory[inventory["claimed"]][["layer", "block", "role"]].reset_index(drop=True)
     rows, frames = [], {}
     for budget in budgets:
         solution = solve(instance, budget.nbytes)
-        for name, plan, choice_N, note in _choices(instance, budget, solution, config):
-            frames[plan] = _plan(instance, place, choice_N)
-            objective, nbytes = instance.objective(choice_N), instance.size(choice_N)
+        choices = [
+            (name, plan, choice_U[unit_N], note)
+            for name, plan, choice_U, note in _choices(instance, budget, solution, config)
+        ]
+        if config.fuse:
+            free_N, fused = solve(whole, budget.nbytes).choice_N, instance.objective(solution.choice_N)
+            saved = 1 - whole.objective(free_N) / fused if fused else 0.0
+            note = f"optimal without fusing {' and '.join(config.fuse)}: predicted cost {100 * saved:.1f} % lower"
+            choices.append((UNFUSED, f"{UNFUSED}-{budget.slug}", free_N, note))
+        for name, plan, choice_N, note in choices:
+            frames[plan] = _plan(whole, place, choice_N)
+            objective, nbytes = whole.objective(choice_N), whole.size(choice_N)
             rows.append(
                 {
                     "plan": plan,

@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bitalloc.errors import BitallocError, nearest
-from bitalloc.families import FAMILIES
+from bitalloc.families import FAMILIES, FUSED
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -100,6 +100,11 @@ class Allocate(Section):
     strategies: list[str] = Field(
         ["uniform", "optimal", "bits_only", "rank_only", "manual", "greedy"], description="members of the family"
     )
+    fuse: list[Literal["qkv", "gate_up"]] | None = Field(
+        None,
+        description="groups whose matrices take one option together, as servers merge them: qkv, gate_up; "
+        "null: both when export.formats has huggingface, else none",
+    )
     runners_up: Annotated[int, Field(ge=0)] = Field(2, description="near-optimal plans that compete for `best`")
     jitter: float = Field(0.2, description="log-normal spread of the coefficients from which runners-up are solved")
     pool: Annotated[int, Field(ge=0)] = Field(20, description="random plans for each budget")
@@ -108,6 +113,10 @@ class Allocate(Section):
 
 class Compress(Section):
     plans: list[str] = Field(["best"], description="strategies whose plans are written as checkpoints, at every budget")
+
+
+class Export(Section):
+    formats: list[str] = Field([], description="formats in which the checkpoints of compress.plans are exported")
 
 
 class Evaluate(Section):
@@ -230,10 +239,18 @@ class Config(Section):
     fit: Fit = Field(default_factory=Fit)
     allocate: Allocate = Field(default_factory=Allocate)
     compress: Compress = Field(default_factory=Compress)
+    export: Export = Field(default_factory=Export)
     evaluate: Evaluate = Field(default_factory=Evaluate)
     analyze: Analyze = Field(default_factory=Analyze)
     gates: Gates = Field(default_factory=Gates)
     models: dict[str, Model] = Field({}, description="the model sheet, config/models.yaml")
+
+    @property
+    def fuse(self) -> list[str]:
+        """Groups of `families.FUSED` whose matrices take one option together."""
+        if self.allocate.fuse is not None:
+            return list(self.allocate.fuse)
+        return list(FUSED) if "huggingface" in self.export.formats else []
 
     def for_model(self, name: str) -> Config:
         """This configuration with the model's own settings laid over it."""

@@ -88,6 +88,9 @@ _GATED_EXCLUDED = (
     ("*.rotary_emb.inv_freq", "buffer", "recomputed, not stored"),
 )
 
+# roles of one block that servers merge into one matrix, which then has one scheme
+FUSED = {"qkv": ("q_proj", "k_proj", "v_proj"), "gate_up": ("gate_proj", "up_proj")}
+
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (

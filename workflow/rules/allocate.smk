@@ -15,7 +15,7 @@ rule allocate:
     conda:
         "../../envs/bitalloc.yaml"
     params:
-        settings=section("allocate", "sensitivity", "sweep", "seed"),
+        settings=section("allocate", "export", "sensitivity", "sweep", "seed"),
         code=code("allocate"),
     script:
         "../../scripts/allocate.py"

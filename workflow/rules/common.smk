@@ -150,6 +150,16 @@ def compressed_plans(wildcards):
     return [f"{strategy}-{budget_slug(budget)}" for strategy in compress.plans for budget in allocation.budgets]
 
 
+@checked
+def exports(wildcards):
+    """Tables of the checkpoints in the formats that the configuration names."""
+    formats = settings(wildcards.model).export.formats
+    if not formats:
+        raise BitallocError(f"{wildcards.model} is exported in no format; set export.formats, [huggingface] for example")
+    names = compressed_plans(wildcards)
+    return expand("results/{model}/{format}/{plan}.parquet", model=wildcards.model, format=formats, plan=names)
+
+
 def evaluate_parts(pattern):
     """Input function: the pattern for every part of the evaluation."""
     return lambda wildcards: expand(pattern, model=wildcards.model, part=range(settings(wildcards.model).evaluate.jobs))

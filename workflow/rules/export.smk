@@ -22,3 +22,18 @@ rule export:
         code=code("export", "report"),
     script:
         "../../scripts/export.py"
+
+
+rule export_merge:
+    input:
+        exports,
+    output:
+        "results/{model}/exports.parquet",
+    log:
+        "logs/{model}/export_merge.log",
+    conda:
+        "../../envs/bitalloc.yaml"
+    params:
+        code=code("tables"),
+    script:
+        "../../scripts/export_merge.py"

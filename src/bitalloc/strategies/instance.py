@@ -98,6 +98,21 @@ class Instance:
         """The same problem with every matrix's costs multiplied by a factor."""
         return dataclasses.replace(self, costs_NK=self.costs_NK * factor_N[:, None])
 
+    def fused(self, unit_N: NDArray[np.int64]) -> Instance:
+        """The problem of units of matrices that take one option together; `unit_N` holds the unit of each.
+
+        A unit bears the name of its first matrix.
+        """
+        first_U = np.unique(unit_N, return_index=True)[1]
+
+        def summed(values: NDArray) -> NDArray:
+            total = np.zeros((len(first_U), *values.shape[1:]), dtype=values.dtype)
+            np.add.at(total, unit_N, values)
+            return total
+
+        layers = tuple(self.layers[i] for i in first_U)
+        return Instance(layers, self.options, summed(self.weights_N), summed(self.nbytes_NK), summed(self.costs_NK))
+
     def reach(self, rest: int = 0) -> str:
         """The reachable sizes, for error messages; `rest` bytes are added to both ends."""
         bits = f"{self.bits_per_weight(self.least):.3f} to {self.bits_per_weight(self.most):.3f} bits a weight"
