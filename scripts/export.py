@@ -1,6 +1,7 @@
 """One checkpoint in a format of other software, with a model card, and its row of EXPORTS."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 from bitalloc.allocate import limit
@@ -13,22 +14,32 @@ from bitalloc.tables import EXPORTS, PLAN, PLANS, TABLES, verdicts
 
 
 def main(
-    *, names: dict[str, str], inputs: dict[str, Path], base: str, settings: Config, target: Path, path_to_table: Path
+    *,
+    names: dict[str, str],
+    inputs: dict[str, Path],
+    base: str | None,
+    settings: Config,
+    target: Path,
+    path_to_table: Path,
 ) -> None:
     plans = PLANS.read(inputs["plans"])
     source = Path(json.loads(inputs["checkpoint"].read_text())["path"])
-    text = card(
+    text = partial(
+        card,
         names["model"],
         names["plan"],
         form=names["format"],
         base=base,
+        fused=settings.fuse,
         licence=licence(source / "README.md"),
         calibrated=settings.retrieve,
         plan=PLAN.read(inputs["plans_folder"] / f"{names['plan']}.parquet"),
         **{name: TABLES[name].read(inputs[name]) for name in ("plans", "evaluate", "gates")},
     )
     budget = plans.loc[plans["plan"] == names["plan"], "budget"].item()
-    row = export(inputs["folder"], target, name=names["format"], card=text, limit=limit(budget))
+    row = export(
+        inputs["folder"], target, name=names["format"], card=lambda nbytes: text(nbytes=nbytes), limit=limit(budget)
+    )
     EXPORTS.write(row, path_to_table, verdicts=verdicts(inputs["plans"]))
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -38,8 +38,12 @@ class Format(Protocol):
 FORMATS: dict[str, Format] = {"huggingface": huggingface}
 
 
-def export(source: Path, target: Path, *, name: str, card: str = "", limit: int | None = None) -> pd.DataFrame:
+def export(
+    source: Path, target: Path, *, name: str, card: Callable[[int], str] | None = None, limit: int | None = None
+) -> pd.DataFrame:
     """Export the native checkpoint `source`: one row of EXPORTS; `limit` is its budget in bytes, if it has one.
+
+    `card` makes the model card, given the bytes on disk.
 
     Raises `BitallocError` for a format that is unknown or cannot carry the plan, for a target that exists, for
     an export above the limit (before anything is written), and when the disk is full.
@@ -56,7 +60,7 @@ def export(source: Path, target: Path, *, name: str, card: str = "", limit: int 
             f"{source.name} takes {promised} bytes as {name}, {promised - limit} above its budget of {limit}; allocate "
             "for a smaller one (with `sweep.factor_bits: 16` this format adds least)"
         )
-    form.save(target, reader, card=card)
+    form.save(target, reader, card=card(promised) if card else "")
     nbytes = form.measure(target)
     if nbytes != promised:
         raise BitallocError(f"{target} takes {nbytes} bytes, {promised} were promised; report this")

@@ -151,7 +151,9 @@ def card(
     name: str,
     *,
     form: str,
-    base: str,
+    nbytes: int,
+    base: str | None,
+    fused: Sequence[str],
     licence: str | None,
     calibrated: Retrieve,
     plan: pd.DataFrame,
@@ -177,16 +179,21 @@ def card(
     parts = [
         "\n".join(front),
         f"# {model}, {name}",
-        f"{base} with its {len(plan)} matrices at {own['bits_per_weight']:.3f} bits a weight, for a budget of "
-        f"{own['budget']}; embeddings, norms and head as they were. Made by bitalloc. Licence of the base model: "
-        f"{licence or 'not stated beside its weights; see its page'}.",
+        f"{base or model} with its {len(plan)} matrices at {own['bits_per_weight']:.3f} bits a weight, for a budget of "
+        f"{own['budget']}; embeddings, norms and head as they were. {human(nbytes)} on disk ({nbytes:,} bytes). "
+        f"Made by bitalloc. Licence of the base model: {licence or 'not stated beside its weights; see its page'}.",
         f"```python\n{loading.strip()}\n```",
         "## Plan",
         _grid(("quantizer", "bits", "group size", "rank", "matrices"), chosen),
-        f"Calibrated on {windows} of {', '.join(calibrated.calibrate)}.",
+        f"Calibrated on {windows} of {', '.join(calibrated.calibrate)}. "
+        + (
+            f"{' and '.join(fused)} take one option in each block, as servers that merge them need."
+            if fused
+            else "Servers that merge q, k and v, or gate and up, need one option for these: this plan does not see to that."
+        ),
         "## Evaluation",
-        _grid(header, [row for row in rows if row]),
-        f"{_note(evaluate)} `reference` is the unquantised model. Scores were taken with the weights that this "
+        _grid((header[0], *header[2:]), [(row[0], *row[2:]) for row in rows if row]),
+        f"{_note(evaluate).partition(';')[0]}; tasks in % right. `reference` is the unquantised model. Scores were taken with the weights that this "
         "checkpoint unpacks to, inside bitalloc.",
         "## What this stands on",
         _stamp(gates),

@@ -90,8 +90,8 @@ def sheet(wildcards):
 
 
 def base(wildcards):
-    """Parameter function: the model as the world knows it."""
-    return sheet(wildcards)["hub"] or wildcards.model
+    """Parameter function: the model's name on the hub, if it has one."""
+    return sheet(wildcards)["hub"]
 
 
 def code(*modules):

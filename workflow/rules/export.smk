@@ -17,7 +17,7 @@ rule export:
     conda:
         "../../envs/bitalloc.yaml"
     params:
-        settings=section("retrieve"),
+        settings=section("retrieve", "allocate", "export"),
         base=base,
         code=code("export", "report"),
     script:

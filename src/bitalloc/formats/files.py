@@ -63,9 +63,9 @@ def write(
     return {"nbytes": path.stat().st_size, "sha256": whole.hexdigest()}
 
 
-def copy_small(source: Path, target: Path) -> None:
+def copy_small(source: Path, target: Path, *, without: Sequence[str] = ()) -> None:
     """Copy configuration and tokenizer along."""
     for path in sorted(source.iterdir()):
         wanted = any(fnmatch.fnmatchcase(path.name, pattern) for pattern in SMALL_FILES)
-        if path.is_file() and wanted and not path.name.endswith(".index.json"):
+        if path.is_file() and wanted and not path.name.endswith(".index.json") and path.name not in without:
             shutil.copyfile(path, target / path.name)

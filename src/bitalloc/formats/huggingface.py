@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from bitalloc.errors import BitallocError
-from bitalloc.formats.bitalloc import Reader
+from bitalloc.formats.bitalloc import MANIFEST, Reader
 from bitalloc.formats.files import copy_small, replacing, write
 from bitalloc.formats.layout import Layout, Stored, block_file, in_order, matrix_tensors
 from bitalloc.formats.layout import nbytes as nbytes_of
@@ -121,7 +121,7 @@ def save(target: Path, reader: Reader, *, card: str = "") -> None:
     files = layout(reader)
     native = {stored.name: file for file in reader.manifest["files"] for stored in reader.stored(file)}
     with replacing(target) as folder:
-        copy_small(reader.folder, folder)
+        copy_small(reader.folder, folder, without=[MANIFEST])
         for file, tensors in files.items():
             (folder / file).parent.mkdir(exist_ok=True)
             write(folder / file, tensors, partial(_tensor, reader, native), METADATA)
