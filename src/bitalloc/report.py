@@ -169,15 +169,13 @@ def card(
     chosen = [(quantizer, *map(str, (*rest, n))) for (quantizer, *rest), n in counts.items()]
     windows = f"{calibrated.calibrate_windows} windows of {calibrated.window} tokens"
     loading = LOADING[form].format(adapter=ADAPTER if (plan["rank"] > 0).any() else "")
-    front = [
-        "---",
-        *([f"license: {licence}"] if licence else []),
-        f"base_model: {base}",
-        "tags: [bitalloc, quantized]",
-        "---",
-    ]
+    front = [f"license: {licence}"] if licence else []
+    front += [f"base_model: {base}"] if base else []
+    merging = "servers that merge q, k and v, or gate and up"
+    fusing = f"Fit for {merging}: {' and '.join(fused)} take one option in each block."
+    corpus = _note(evaluate).partition(";")[0]
     parts = [
-        "\n".join(front),
+        "\n".join(["---", *front, "tags: [bitalloc, quantized]", "---"]),
         f"# {model}, {name}",
         f"{base or model} with its {len(plan)} matrices at {own['bits_per_weight']:.3f} bits a weight, for a budget of "
         f"{own['budget']}; embeddings, norms and head as they were. {human(nbytes)} on disk ({nbytes:,} bytes). "
@@ -186,15 +184,11 @@ def card(
         "## Plan",
         _grid(("quantizer", "bits", "group size", "rank", "matrices"), chosen),
         f"Calibrated on {windows} of {', '.join(calibrated.calibrate)}. "
-        + (
-            f"{' and '.join(fused)} take one option in each block, as servers that merge them need."
-            if fused
-            else "Servers that merge q, k and v, or gate and up, need one option for these: this plan does not see to that."
-        ),
+        + (fusing if fused else f"Not made for {merging}, which need one option for these."),
         "## Evaluation",
         _grid((header[0], *header[2:]), [(row[0], *row[2:]) for row in rows if row]),
-        f"{_note(evaluate).partition(';')[0]}; tasks in % right. `reference` is the unquantised model. Scores were taken with the weights that this "
-        "checkpoint unpacks to, inside bitalloc.",
+        f"{corpus}; tasks in % right. `reference` is the unquantised model. Scores were taken inside bitalloc, with "
+        "the weights that this checkpoint unpacks to.",
         "## What this stands on",
         _stamp(gates),
         "\n".join(f"- {line}" for line in _verdicts(gates)),
