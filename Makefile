@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 CORES ?= 2
 DEMO := results/tiny/goodhart.png results/tiny/report.md
 
-.PHONY: demo test lint format config bench-allocate bench-memory bench-peers bench-resume bench-rounds bench-sweep clean
+.PHONY: demo test lint format config bench-allocate bench-export bench-memory bench-peers bench-resume bench-rounds bench-sweep clean
 
 demo: $(VENV)/.core
 	$(BIN)/snakemake $(DEMO) --cores $(CORES) --quiet rules host
@@ -60,6 +60,9 @@ bench-memory: $(VENV)/.dev
 
 bench-resume: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_resume.py
+
+bench-export: $(VENV)/.dev
+	$(BIN)/python benchmarks/bench_export.py
 
 bench-peers: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_peers.py
