@@ -57,7 +57,7 @@ def build(folder: Path, width: int, blocks: int) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    inner = width * 11 // 4
+    inner = 3 * width
     shape = {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": blocks, "vocab_size": 8192}
     config = LlamaConfig(**shape, num_attention_heads=8, num_key_value_heads=8, tie_word_embeddings=True)
     model = LlamaForCausalLM(config).to(torch.bfloat16)
@@ -142,7 +142,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bitalloc-export-") as temporary:
         folder = Path(temporary)
         apart(build, folder, given.width, given.blocks)
-        block = 2 * given.width * (4 * given.width + 3 * (given.width * 11 // 4))
+        block = 2 * given.width * (4 * given.width + 3 * 3 * given.width)
         plain_s = apart(load, folder / "source")
         columns = ("ratio", "MB/s", "copy MB/s", "peak / block", "load s", "plain s")
         print(f"{'format':>12}{'plan':>10}{'MB':>8}" + "".join(f"{column:>14}" for column in columns), flush=True)

@@ -21,7 +21,7 @@ def main() -> None:
             model(ids)
             if (folder / "adapter").is_dir():
                 model = PeftModel.from_pretrained(model, folder / "adapter")
-            save_file({"logits": model(ids).logits.contiguous()}, folder.with_suffix(".safetensors"))
+            save_file({"logits": model(ids).logits.contiguous()}, folder.with_name(f"{folder.name}.safetensors"))
 
 
 if __name__ == "__main__":

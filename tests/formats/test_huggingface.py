@@ -81,7 +81,7 @@ def test_a_stranger_computes_the_same_logits(stranger: Path, tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr
     assert "newly initialized" not in done.stderr
     for target, logits in expected.items():
-        found = load_file(target.with_suffix(".safetensors"))["logits"]
+        found = load_file(target.with_name(f"{target.name}.safetensors"))["logits"]
         assert float((found - logits).abs().max()) < 1e-5 * float(logits.abs().max())
 
 
