@@ -10,7 +10,7 @@ from bitalloc.export import export
 from bitalloc.formats.huggingface import licence
 from bitalloc.report import card
 from bitalloc.script import stage
-from bitalloc.tables import EXPORTS, PLAN, PLANS, TABLES, verdicts
+from bitalloc.tables import EXPORTS, INVENTORY, PLAN, PLANS, TABLES, verdicts
 
 
 def main(
@@ -37,9 +37,8 @@ def main(
         **{name: TABLES[name].read(inputs[name]) for name in ("plans", "evaluate", "gates")},
     )
     budget = plans.loc[plans["plan"] == names["plan"], "budget"].item()
-    row = export(
-        inputs["folder"], target, name=names["format"], card=lambda nbytes: text(nbytes=nbytes), limit=limit(budget)
-    )
+    most = limit(budget, INVENTORY.read(inputs["inventory"]))
+    row = export(inputs["folder"], target, name=names["format"], card=lambda nbytes: text(nbytes=nbytes), limit=most)
     EXPORTS.write(row, path_to_table, verdicts=verdicts(inputs["plans"]))
 
 

@@ -10,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitalloc import tables
-from bitalloc.allocate import allocate, budget_slug, build, choose_best, parse_budget, write_overrides
+from bitalloc.allocate import (
+    allocate,
+    budget_slug,
+    build,
+    choose_best,
+    limit,
+    parse_budget,
+    serving_nbytes,
+    write_overrides,
+)
 from bitalloc.config import Config, parse
 from bitalloc.errors import BitallocError
 from bitalloc.formats.layout import checkpoint_nbytes
@@ -208,8 +217,38 @@ def test_a_budget_for_the_whole_checkpoint_holds_to_the_byte(total):
     assert plans["checkpoint_nbytes"].max() > 0.95 * total
 
 
+def test_a_card_that_also_serves_leaves_less_to_the_checkpoint():
+    made = model(9, blocks=4)
+    # keys of 64 rows in four blocks; 512 inputs and outputs of the widest matrix; logits of 500 words
+    served = 2 * (2 * 100 * (4 * 64 + 512) + 4 * 500)
+    assert serving_nbytes(made.inventory, 100, 2) == served
+    total = 300_000
+    assert limit(f"{total + served} context 100 batch 2", made.inventory) == limit(f"{total}B", made.inventory) == total
+    assert limit("2.6bpw", made.inventory) is None and limit("uniform 3b", made.inventory) is None
+    texts = [f"{total}B", f"{total + served}B context 100 batch 2"]
+    plans, _ = made.allocate(configured(budgets=texts, pool=0))
+    whole, serving = (plans[plans["budget"] == text].set_index("strategy") for text in texts)
+    assert (whole["nbytes"] == serving["nbytes"]).all() and (whole["checkpoint_nbytes"] <= total).all()
+    assert f"optimal-{total + served}B-context-100-batch-2" in set(plans["plan"])
+    with pytest.raises(BitallocError, match="below the least possible"):
+        made.allocate(configured(budgets=[f"{total}B context 100000"]))
+
+
 @pytest.mark.parametrize(
-    "text", ["", "much", "2.6", "3 bits", "uniform", "uniform 3b r8 g64", "uniform 5b", "8XB", "-1GB"]
+    "text",
+    [
+        "",
+        "much",
+        "2.6",
+        "3 bits",
+        "uniform",
+        "uniform 3b r8 g64",
+        "uniform 5b",
+        "8XB",
+        "-1GB",
+        "8GB context",
+        "8GB context 10 batch",
+    ],
 )
 def test_what_cannot_be_read_or_reached_is_refused_in_one_line(text):
     with pytest.raises(BitallocError) as error:

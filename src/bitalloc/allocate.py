@@ -29,6 +29,9 @@ from bitalloc.strategies.optimal import Solution, gap, solve
 
 _OPTION = ["quantizer", "bits", "group_size", "rank"]
 UNFUSED = "unfused"  # the optimum if nothing were fused; it never competes for `best`
+_UNIFORM = re.compile(r"uniform ([0-9]+)b(?: g([1-9][0-9]*))?(?: r([0-9]+))?")
+_BPW = re.compile(r"([0-9]*\.?[0-9]+) ?bpw")
+_CARD = re.compile(r"(.*?)(?: context ([1-9][0-9]*)(?: batch ([1-9][0-9]*))?)?")
 _TRIES = 10  # solves or draws for each further plan that must differ from those before
 _RESTRICTED = {"bits_only": "rank 0 only", "rank_only": "one quantizer, bits and group size; rank free"}
 
@@ -50,11 +53,11 @@ class Budget:
 def budget_slug(text: str) -> str:
     """The budget in the names of plans.
 
-    >>> budget_slug("2.6bpw"), budget_slug("8 GB"), budget_slug("uniform 3b  g64 r8")
-    ('2.6bpw', '8GB', 'uniform-3b-g64-r8')
+    >>> budget_slug("2.6bpw"), budget_slug("8 GB"), budget_slug("uniform 3b  g64 r8"), budget_slug("8GB context 4096")
+    ('2.6bpw', '8GB', 'uniform-3b-g64-r8', '8GB-context-4096')
     """
     text = " ".join(text.split())
-    return text.replace(" ", "-") if text.startswith("uniform") else text.replace(" ", "")
+    return text.replace(" ", "-") if text.startswith("uniform") or " context " in text else text.replace(" ", "")
 
 
 def build(costs: pd.DataFrame, sensitivity: pd.DataFrame, inventory: pd.DataFrame, config: Config) -> Instance:
@@ -104,31 +107,52 @@ def units(place: pd.DataFrame, groups: Sequence[str]) -> NDArray[np.int64]:
     return pd.factorize(pd.Series(keys, dtype=object))[0]
 
 
-def limit(text: str) -> int | None:
+def limit(text: str, inventory: pd.DataFrame) -> int | None:
     """Bytes that a budget leaves to the whole checkpoint; None when it speaks of the claimed matrices alone.
 
-    >>> limit("8GB"), limit("2.6bpw"), limit("uniform 3b")
-    (8000000000, None, None)
+    "24GB context 8192 batch 2" is the memory of a card, from which `serving_nbytes` goes off.
     """
-    return None if text.strip().endswith("bpw") or text.strip().startswith("uniform") else parse_bytes(text)
+    clean = " ".join(text.split())
+    if _UNIFORM.fullmatch(clean) or _BPW.fullmatch(clean):
+        return None
+    memory, context, batch = _CARD.fullmatch(clean).groups()
+    served = serving_nbytes(inventory, int(context), int(batch or 1)) if context else 0
+    return parse_bytes(memory) - served
+
+
+def serving_nbytes(inventory: pd.DataFrame, context: int, batch: int) -> int:
+    """Bytes that a server needs beside the weights, an estimate: its cache, and the activations of one pass.
+
+    Cache: keys and values of all tokens in 16 bits, as long as the context in every block. Activations: input and
+    output of the widest matrix for all tokens of a pass in 16 bits, and the logits of the last ones in 32.
+    """
+    claimed = inventory[inventory["claimed"]]
+    rows = claimed.groupby("role")["rows"].sum()
+    cached = sum(int(rows.get(role, 0)) for role in ("k_proj", "v_proj")) + 2 * int(rows.get("c_attn", 0)) // 3
+    widest = int((claimed["rows"] + claimed["columns"]).max())
+    vocabulary = int(inventory.loc[inventory["kind"].isin(["embedding", "head"]), "rows"].max())
+    return batch * (2 * context * (cached + widest) + 4 * vocabulary)
 
 
 def parse_budget(text: str, instance: Instance, inventory: pd.DataFrame, sweep: Sweep) -> Budget:
     """Bytes for the claimed matrices of "8GB" / "8GiB" (whole checkpoint), "2.6bpw" or "uniform 3b g64 r8".
 
-    A uniform budget without g takes the first group size of the sweep, without r no low-rank part. Raises
-    `BitallocError` for what cannot be read, for less than the smallest plan and for more than the largest.
+    "24GB context 8192 batch 2" is the memory of a card that also serves: see `serving_nbytes`. A uniform budget
+    without g takes the first group size of the sweep, without r no low-rank part. Raises `BitallocError` for what
+    cannot be read, for less than the smallest plan and for more than the largest.
     """
     clean = " ".join(text.split())
-    if match := re.fullmatch(r"uniform ([0-9]+)b(?: g([1-9][0-9]*))?(?: r([0-9]+))?", clean):
+    if match := _UNIFORM.fullmatch(clean):
         budget = _uniform_budget(text, match, inventory, sweep)
-    elif match := re.fullmatch(r"([0-9]*\.?[0-9]+) ?bpw", clean):
+    elif match := _BPW.fullmatch(clean):
         budget = Budget(text, math.floor(Fraction(match[1]) * int(instance.weights_N.sum()) / 8))
     else:
         try:
-            total = parse_bytes(clean)
+            total = limit(clean, inventory)
         except BitallocError as error:
-            raise BitallocError(f"budget {text!r}: {error}; or 2.6bpw, or uniform 3b g64 r8") from None
+            raise BitallocError(
+                f"budget {text!r}: {error}; or 2.6bpw, or uniform 3b g64 r8, or 24GB context 8192 batch 1"
+            ) from None
         rest = rest_nbytes(inventory, instance.options, sweep)
         budget = Budget(text, total - rest, rest)
     asked = f"budget {text} = {budget.nbytes + budget.rest:,} bytes"

@@ -95,7 +95,8 @@ class Fit(Section):
 class Allocate(Section):
     budgets: list[str] = Field(
         ["uniform 2b", "2.6bpw", "uniform 3b"],
-        description="`8GB`/`8GiB` for the whole checkpoint, `2.6bpw` over the claimed matrices, `uniform 3b g64 r8`",
+        description="`8GB`/`8GiB` for the whole checkpoint, `2.6bpw` over the claimed matrices, `uniform 3b g64 r8`, "
+        "`24GB context 8192 batch 1` for a card that also holds cache and activations",
     )
     strategies: list[str] = Field(
         ["uniform", "optimal", "bits_only", "rank_only", "manual", "greedy"], description="members of the family"

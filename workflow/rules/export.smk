@@ -4,6 +4,7 @@
 rule export:
     input:
         checkpoint="results/{model}/checkpoint.json",
+        inventory="results/{model}/inventory.parquet",
         folder="results/{model}/models/{plan}",
         plans_folder="results/{model}/plans",
         plans="results/{model}/plans.parquet",
