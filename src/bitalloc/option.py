@@ -35,6 +35,16 @@ class Option:
         """
         return f"{self.quantizer}-{self.bits}b-g{self.group_size}-r{self.rank}"
 
+    @classmethod
+    def parse(cls, name: str, *, factor_bits: int, symmetric: bool) -> Option:
+        """The inverse of `name`; raises `ValueError`.
+
+        >>> Option.parse("gptq-3b-g64-r8", factor_bits=8, symmetric=False)
+        Option(quantizer='gptq', bits=3, group_size=64, rank=8, factor_bits=8, symmetric=False)
+        """
+        quantizer, bits, group, rank = name.rsplit("-", 3)
+        return cls(quantizer, int(bits[:-1]), int(group[1:]), int(rank[1:]), factor_bits, symmetric)
+
     def nbytes(self, rows: int, columns: int) -> int:
         """Exact bytes of the stored tensors of a [rows, columns] matrix, file headers not counted.
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from safetensors import safe_open
 
 from bitalloc.config import Sweep
 from bitalloc.errors import BitallocError
@@ -79,10 +80,15 @@ def test_small_files_and_what_the_caller_adds_travel_along(tmp_path: Path) -> No
     bench, folder = small("llama", tmp_path), tmp_path / "checkpoint"
     (bench.path / "tokenizer.json").write_text("{}")
     (bench.path / "model.safetensors.index.json").write_text("{}")
-    save(bench, folder, verdicts=[{"gate": "g", "go": True}])
-    assert (folder / "config.json").read_bytes() == (bench.path / "config.json").read_bytes()
+    plan = save(bench, folder, verdicts=[{"gate": "g", "go": True}])
+    before, config = (json.loads((path / "config.json").read_text()) for path in (bench.path, folder))
+    packing = config.pop("quantization_config")
+    assert config == before and list(packing["layers"]) == sorted(plan["layer"])
     assert (folder / "tokenizer.json").is_file()
-    assert not (folder / "model.safetensors.index.json").exists()
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    for file in (path.name for path in folder.glob("*.safetensors")):
+        with safe_open(folder / file, framework="pt") as handle:
+            assert set(handle.keys()) == {name for name, where in index["weight_map"].items() if where == file}
     assert json.loads((folder / "bitalloc.json").read_text())["extra"] == {"verdicts": [{"gate": "g", "go": True}]}
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 

@@ -1,5 +1,8 @@
 """The native format: a self-contained folder of packed safetensors, `bitalloc.json` and the source's small files.
 
+`transformers` loads it once `bitalloc.formats.packed` is imported: `config.json` names the option of every matrix, an
+index the file of every tensor.
+
 `bitalloc.json` holds the plan, the options it needs, the digest of the source's tensors, what the caller adds
 (verdicts, say), and size and SHA-256 of every weights file, which are verified before a tensor is used.
 
@@ -22,15 +25,15 @@ from bitalloc import families
 from bitalloc.config import Sweep
 from bitalloc.errors import BitallocError
 from bitalloc.formats.files import copy_small, replacing, write
-from bitalloc.formats.layout import METADATA, Stored, block_file, layout, matrix_tensors
-from bitalloc.models import Checkpoint, materialise, skeleton, working_dtype
+from bitalloc.formats.layout import METADATA, Layout, Stored, block_file, layout, matrix_tensors
+from bitalloc.models import INDEX, Checkpoint, materialise, skeleton, working_dtype
 from bitalloc.option import Option, from_row
 from bitalloc.quant import CompressedMatrix
 from bitalloc.store import canonical, digest, file_digest, write_atomically
 from bitalloc.tables import PLAN
 
+FORMAT, VERSION = "bitalloc", 2
 MANIFEST = "bitalloc.json"
-VERSION = 1
 Matrices = Callable[[str, Option], CompressedMatrix]
 
 
@@ -58,7 +61,7 @@ def save(
     files = layout(inventory, plan, sweep)
     shape = inventory[inventory["claimed"]].set_index("layer")[["rows", "columns"]]
     content = {
-        "format": METADATA["format"],
+        "format": FORMAT,
         "version": VERSION,
         "family": source.family.name,
         "source": source_identity(inventory),
@@ -81,7 +84,25 @@ def save(
             get = partial(_either, found, source)
             written[file] = write(temporary / file, tensors, get, METADATA)
         copy_small(source.path, temporary)
+        _introduce(temporary, files, plan, sweep)
         write_atomically(temporary / MANIFEST, canonical({**content, "files": written}).encode())
+
+
+def _introduce(folder: Path, files: Layout, plan: pd.DataFrame, sweep: Sweep) -> None:
+    """Say in config.json and in the index what `transformers` needs to build the modules and find their tensors."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = {
+        "quant_method": FORMAT,
+        "factor_bits": sweep.factor_bits,
+        "symmetric": sweep.symmetric,
+        "layers": {row["layer"]: from_row(row, sweep).name for row in plan.to_dict("records")},
+    }
+    index = {
+        "metadata": {"total_size": sum(tensor.nbytes for tensors in files.values() for tensor in tensors)},
+        "weight_map": {tensor.name: file for file, tensors in files.items() for tensor in tensors},
+    }
+    for name, content in (("config.json", config), (INDEX, index)):
+        write_atomically(folder / name, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
 
 
 def _either(made: Mapping[str, torch.Tensor], source: Checkpoint, name: str) -> torch.Tensor:
@@ -136,18 +157,16 @@ class Reader:
 
     def stored(self, file: str) -> list[Stored]:
         """Every tensor of a file, as it is stored."""
-        handle = self._open(file)
-        slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
-        return [Stored(name, part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()]
+        return tensors_of(self.open(file))
 
     def raw(self, file: str, name: str) -> torch.Tensor:
         """A tensor of a file, as it is stored."""
-        return self._open(file).get_tensor(name)
+        return self.open(file).get_tensor(name)
 
     def matrix(self, layer: str) -> CompressedMatrix:
         """A claimed matrix as it is stored."""
         row = self.plan[layer]
-        option, file = from_row(row, self.options), self._open(block_file(row["block"]))
+        option, file = from_row(row, self.options), self.open(block_file(row["block"]))
         names = [stored.name for stored in matrix_tensors(layer, row["rows"], row["columns"], option)]
         tensors = {name.removeprefix(f"{layer}."): file.get_tensor(name) for name in names}
         return CompressedMatrix.from_tensors(option, row["rows"], row["columns"], tensors)
@@ -159,13 +178,14 @@ class Reader:
             W_OI = self.matrix(layer).dequantize()
             return W_OI.T if self.family.transposed else W_OI
         for file in (block_file(-1), *self.manifest["files"]):
-            if name in (handle := self._open(file)).keys():  # noqa: SIM118
+            if name in (handle := self.open(file)).keys():  # noqa: SIM118
                 return handle.get_tensor(name)
         if name in self.tied:
             return self.tensor(self.tied[name])
         raise BitallocError(f"{self.folder} has no tensor {name!r}; delete it and rerun, it is made again")
 
-    def _open(self, file: str) -> Any:
+    def open(self, file: str) -> Any:
+        """The safetensors handle of a weights file, which is verified first."""
         if file not in self._files:
             path, record = self.folder / file, self.manifest["files"].get(file)
             if record is None or not path.is_file() or file_digest(path) != record["sha256"]:
@@ -174,11 +194,17 @@ class Reader:
         return self._files[file]
 
 
+def tensors_of(handle: Any) -> list[Stored]:
+    """What an open safetensors file holds."""
+    slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+    return [Stored(name, part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()]
+
+
 def _manifest(folder: Path) -> dict[str, Any]:
     path = Path(folder) / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        if (manifest["format"], manifest["version"]) == (METADATA["format"], VERSION):
+        if (manifest["format"], manifest["version"]) == (FORMAT, VERSION):
             return manifest
     except (OSError, ValueError, KeyError, TypeError):
         pass
@@ -192,4 +218,4 @@ def _check_equal(folder: Path, content: Mapping[str, Any]) -> None:
         raise BitallocError(f"{folder} holds another plan or model; delete it or write elsewhere")
     reader = Reader(folder)
     for file in manifest["files"]:
-        reader._open(file)
+        reader.open(file)

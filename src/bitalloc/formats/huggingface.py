@@ -206,7 +206,7 @@ def _tensor(reader: Reader, native: Mapping[str, str], name: str) -> Tensor:
         return reader.raw(file, f"{layer}.scale")
     if part == "weight_zero_point":  # packed along the rows, as servers slice them
         return _words(pack(reader.matrix(layer).zero_OG.T.contiguous(), row["bits"])).T
-    return _words(reader.raw(file, f"{layer}.codes"))
+    return _words(reader.raw(file, f"{layer}.weight").view(row["rows"], -1))
 
 
 def _words(packed: Tensor) -> Tensor:

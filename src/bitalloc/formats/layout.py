@@ -3,7 +3,7 @@
 One safetensors file for each block and one for the rest, so that writing and reading need one block in memory.
 A matrix W_OI with G groups along its I inputs, b-bit codes and rank r is stored as
 
-    <layer>.codes    U8   [O, ceil(I b / 8)]     rows padded to a byte
+    <layer>.weight   U8   [O ceil(I b / 8)]      the codes, each row padded to a byte
     <layer>.scale    F16  [O, G]
     <layer>.zero     U8   [ceil(O G b / 8)]      unless symmetric
     <layer>.L, .R    I8   [O, r], [r, I]         rank > 0; F16 with 16-bit factors
@@ -11,7 +11,9 @@ A matrix W_OI with G groups along its I inputs, b-bit codes and rank r is stored
     <layer>.weight   F16 or BF16  [O, I]         passed through
 
 and every excluded tensor under its own name and type: vectors as [n], all else flattened to [rows, columns].
-A head that is tied to the embedding and buffers that are recomputed are left out.
+A head that is tied to the embedding and buffers that are recomputed are left out. Codes are flat and bear the name of
+the weight so that software that does not know them fails on the shape instead of making the weight up.
+Bytes are those of the weights files; the JSON files beside them (configuration, index, manifest) are not counted.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from bitalloc.errors import BitallocError, nearest
 from bitalloc.option import PASS_THROUGH, Option, from_row
 
 REST = "rest.safetensors"
-METADATA = {"format": "bitalloc"}
+METADATA = {"format": "pt"}  # transformers takes no other
 
 # names of PyTorch -> (name in safetensors, bytes), in the order in which safetensors stores tensors
 _DTYPES = {
@@ -82,13 +84,13 @@ def matrix_tensors(layer: str, rows: int, columns: int, option: Option, dtype: s
     """The tensors of one claimed matrix; `dtype` is that of a pass-through.
 
     >>> [(t.name, t.dtype, t.shape) for t in matrix_tensors("q", 128, 96, Option("gptq", 3, 64, 0))]
-    [('q.codes', 'U8', (128, 36)), ('q.scale', 'F16', (128, 2)), ('q.zero', 'U8', (96,))]
+    [('q.weight', 'U8', (4608,)), ('q.scale', 'F16', (128, 2)), ('q.zero', 'U8', (96,))]
     """
     if option.quantizer == PASS_THROUGH:
         return [Stored(f"{layer}.weight", dtype, (rows, columns))]
     groups = -(-columns // option.group_size)
     tensors = [
-        Stored(f"{layer}.codes", "U8", (rows, -(-columns * option.bits // 8))),
+        Stored(f"{layer}.weight", "U8", (rows * -(-columns * option.bits // 8),)),
         Stored(f"{layer}.scale", "F16", (rows, groups)),
     ]
     if not option.symmetric:

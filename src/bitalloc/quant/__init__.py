@@ -47,7 +47,7 @@ def quantizer(name: str) -> Quantizer:
 
 @dataclass(frozen=True)
 class CompressedMatrix:
-    """W_OI as it is stored, on the CPU: (codes - zero) * scale for each group, plus L R.
+    """W_OI as it is stored: (codes - zero) * scale for each group, plus L R.
 
     The pass-through holds `weight_OI` (float16 or bfloat16) and nothing else.
     """
@@ -77,11 +77,12 @@ class CompressedMatrix:
 
     def quantised_part(self) -> Tensor:
         """(codes - zero) * scale, float32 [O, I]."""
-        zero_OG = self.zero_OG if self.zero_OG is not None else torch.tensor([[2 ** (self.option.bits - 1)]])
-        zero_OG = zero_OG.float().expand(self.scale_OG.shape)
+        zero_OG = self.zero_OG
+        if zero_OG is None:
+            zero_OG = torch.full_like(self.scale_OG, 2 ** (self.option.bits - 1))
         size = self.option.group_size
         zero_OI, scale_OI = (
-            t.repeat_interleave(size, dim=1)[:, : self.columns] for t in (zero_OG, self.scale_OG.float())
+            t.float().repeat_interleave(size, dim=1)[:, : self.columns] for t in (zero_OG, self.scale_OG)
         )
         return (self.codes_OI.float() - zero_OI) * scale_OI
 
@@ -89,20 +90,25 @@ class CompressedMatrix:
         """L R, float32 [O, I]; zeros at rank 0."""
         if not self.option.rank:
             return torch.zeros(self.rows, self.columns)
+        L_OR, R_RI = self.factors()
+        return L_OR @ R_RI
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """L [O, R] and R [R, I], float32; rank > 0."""
         L_OR, R_RI = self.L_OR.float(), self.R_RI.float()
         if self.L_scale_R is not None:
             L_OR, R_RI = L_OR * self.L_scale_R.float(), R_RI * self.R_scale_R.float()[:, None]
-        return L_OR @ R_RI
+        return L_OR, R_RI
 
     def tensors(self) -> dict[str, Tensor]:
         """What goes to disk, by name: packed codes and zeros, the rest as it is.
 
-        codes uint8 [O, ceil(I bits / 8)], scale float16 [O, G], zero uint8 [ceil(O G bits / 8)] (one stream),
+        weight uint8 [O ceil(I bits / 8)], scale float16 [O, G], zero uint8 [ceil(O G bits / 8)] (one stream),
         L [O, R], R [R, I], L_scale and R_scale float16 [R]; or weight [O, I]. Absent parts have no entry.
         """
         if self.weight_OI is not None:
             return {"weight": self.weight_OI}
-        packed = {"codes": pack(self.codes_OI, self.option.bits), "scale": self.scale_OG}
+        packed = {"weight": pack(self.codes_OI, self.option.bits).flatten(), "scale": self.scale_OG}
         if self.zero_OG is not None:
             packed["zero"] = pack(self.zero_OG.reshape(1, -1), self.option.bits)[0]
         factors = {"L": self.L_OR, "R": self.R_RI, "L_scale": self.L_scale_R, "R_scale": self.R_scale_R}
@@ -124,7 +130,7 @@ class CompressedMatrix:
             option,
             rows,
             columns,
-            codes_OI=unpack(tensors["codes"], option.bits, columns),
+            codes_OI=unpack(tensors["weight"].view(rows, -1), option.bits, columns),
             scale_OG=tensors["scale"],
             zero_OG=None if zero is None else unpack(zero[None], option.bits, rows * groups).view(rows, groups),
             L_OR=tensors.get("L"),

@@ -26,7 +26,7 @@ def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
     """The inverse of `pack`: bytes [rows, ceil(n * bits / 8)] -> uint8 codes [rows, n]."""
     rows, length = packed.shape
     octets = torch.nn.functional.pad(packed, (0, -length % bits)).view(rows, -1, bits)
-    words = torch.zeros(octets.shape[:2], dtype=torch.int64)
+    words = octets.new_zeros(octets.shape[:2], dtype=torch.int64)
     for byte in range(bits):
         words |= octets[:, :, byte].long() << (8 * byte)
     codes = torch.stack([(words >> (bits * place)) & (2**bits - 1) for place in range(8)], dim=2).to(torch.uint8)
