@@ -22,6 +22,7 @@ from bitalloc.formats import bitalloc, gguf
 from bitalloc.models import set_weight
 from bitalloc.option import Option, options
 from tests.formats.test_bitalloc import save
+from tests.formats.test_gptq import wide
 from tests.random_models import VOCABULARY
 from tests.small import CPU, small
 
@@ -264,3 +265,32 @@ def own_text(name: str) -> str:
 def nll(logits_TV: torch.Tensor, ids: Sequence[int]) -> float:
     """Nats a token: 0.01 apart is 1 % of perplexity."""
     return float(torch.nn.functional.cross_entropy(logits_TV[:-1].float(), torch.tensor(ids[1:])))
+
+
+def test_llama_cpp_quantises_to_the_k_types_and_computes_what_they_say(tmp_path: Path) -> None:
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    source = wide("llama", tmp_path / "wide", hidden=256)
+    sweep = Sweep(quantizers=["rtn"], bits=[2, 3, 4, 8, 16], group_sizes=[128], ranks=[0, 8])
+    reader = checkpoint(tmp_path, "llama", sweep, source=source)
+    target = tmp_path / "k.gguf"
+    gguf.save(target, reader, k_quants=True)
+    assert target.stat().st_size == gguf.nbytes(reader, k_quants=True)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    found = {tensor.name: tensor for tensor in package.GGUFReader(target).tensors}
+    expected = {entry.name: entry for entry in gguf._entries(reader, True)}
+    assert {name: tensor.tensor_type.name for name, tensor in found.items()} == {
+        name: entry.type for name, entry in expected.items()
+    }
+    assert {"Q2_K", "Q3_K", "Q4_K", "Q8_0", "F16"} <= {entry.type for entry in expected.values()}
+    for name, entry in expected.items():
+        if entry.type.endswith("_K") and "attn_v" in name:  # its rows keep their places
+            What_OI = reader.matrix(entry.source.removesuffix(".weight")).dequantize()
+            left_OI = torch.from_numpy(package.dequantize(found[name].data, found[name].tensor_type)) - What_OI
+            assert float(left_OI.norm() / What_OI.norm()) < {"2": 0.4, "3": 0.2}.get(entry.type[1], 0.1)
+    model = read_back(target)
+    ids = torch.randint(3, 1024, (48,), generator=torch.Generator().manual_seed(0)).tolist()
+    llama = llama_cpp.Llama(str(target), n_ctx=64, n_threads=1, logits_all=True, verbose=False)
+    llama.eval(ids)
+    with torch.inference_mode():
+        logits_TV = model(torch.tensor([ids])).logits[0]
+    assert nll(torch.from_numpy(np.array(llama.scores[:48])), ids) == pytest.approx(nll(logits_TV, ids), rel=0.01)

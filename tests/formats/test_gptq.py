@@ -33,12 +33,12 @@ def _threads() -> None:
     torch.set_num_threads(2)
 
 
-def wide(family: str, folder: Path) -> Path:
+def wide(family: str, folder: Path, *, hidden: int = 128) -> Path:
     """A random model whose matrices pack into words, with a tokenizer."""
-    shape = {"vocab_size": 1024, "hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
-    mlp = {"intermediate_size": 256, "num_key_value_heads": 2}
+    shape = {"vocab_size": 1024, "hidden_size": hidden, "num_hidden_layers": 3, "num_attention_heads": 4}
+    mlp = {"intermediate_size": 2 * hidden, "num_key_value_heads": 2}
     if family == "opt":
-        mlp = {"ffn_dim": 256, "word_embed_proj_dim": 128}
+        mlp = {"ffn_dim": 2 * hidden, "word_embed_proj_dim": hidden}
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(type(CONFIGS[family])(**shape, **mlp, max_position_embeddings=64))
     with torch.no_grad():

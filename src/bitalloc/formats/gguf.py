@@ -3,6 +3,7 @@
 Codes go through as they are where a type holds them, which takes groups of a multiple of 32 and no rank: up to
 3 bits and symmetric 4 bits in Q4_0 and symmetric 8 bits in Q8_0, exactly; 4 bits with a zero point in Q4_1, whose
 minimum is rounded to 16 bits. Anything else is dequantised and quantised again (docs/formats.md says what it costs).
+`k_quants` takes smaller types for it, which only llama.cpp's own quantiser writes, where llama-cpp-python is installed.
 
 Layouts are those of ggml: a row is cut into blocks of 32 weights, each with its own 16-bit scale d. llama.cpp turns
 pairs of neighbours where transformers turns halves of a head, so that rows of q and k change places in `llama`.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -33,7 +35,9 @@ from bitalloc.store import write_atomically
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
 BLOCK = 32
 BITS = {"Q4_0": 4.5, "Q4_1": 5.0, "Q5_0": 5.5, "Q5_1": 6.0, "Q8_0": 8.5}  # bits a weight, scales counted
-_AS_STORED = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
+K_BITS = {"Q2_K": 2.625, "Q3_K": 3.4375, "Q4_K": 4.5, "Q5_K": 5.5, "Q6_K": 6.5625, "Q8_0": 8.5}
+K_BLOCK = 256
+_FLOATS = ("F32", "F16", "BF16")
 _INSTEAD = "the native checkpoint carries it"
 
 # how text is cut before merging: what tokenizer.json says -> the name that llama.cpp knows it by
@@ -72,18 +76,24 @@ def through(option: Option, columns: int) -> str | None:
     ]
 
 
-def coded(option: Option, rows: int, columns: int) -> str:
+def coded(option: Option, rows: int, columns: int, *, k_quants: bool = False) -> str:
     """The type of a matrix that is not passed through: that of its codes, else the nearest above its bits a weight.
 
-    Rows that are no multiple of 32 long fit no quantised type: F16.
+    Rows that are no multiple of 32 long fit no quantised type: F16. K-quants take multiples of 256, and codes go
+    through only where that takes no more.
 
     >>> coded(Option("gptq", 4, 128, 32), 1024, 1024), coded(Option("gptq", 2, 32, 0), 64, 172)
     ('Q4_1', 'F16')
+    >>> coded(Option("gptq", 2, 128, 0), 1024, 1024), coded(Option("gptq", 2, 128, 0), 1024, 1024, k_quants=True)
+    ('Q4_0', 'Q2_K')
     """
     if columns % BLOCK:
         return "F16"
+    types = K_BITS if k_quants and columns % K_BLOCK == 0 else BITS
     paid = 8 * option.nbytes(rows, columns) / (rows * columns)
-    return through(option, columns) or next((name for name, bits in BITS.items() if bits >= paid), "Q8_0")
+    nearest = next((name for name, bits in types.items() if bits >= paid), "Q8_0")
+    exact = through(option, columns)
+    return exact if exact and (types is BITS or BITS[exact] <= types[nearest]) else nearest
 
 
 # ---- the protocol of formats --------------------------------------------------------------------------
@@ -105,31 +115,68 @@ def refuse(reader: Reader) -> None:
     _vocabulary(reader, config)
 
 
-def nbytes(reader: Reader) -> int:
+def nbytes(reader: Reader, *, k_quants: bool = False) -> int:
     """Exact bytes of the file that `save` will write."""
     refuse(reader)
     with TemporaryDirectory() as folder:
-        with closing(_begin(reader, Path(folder) / "header")) as writer:
+        with closing(_begin(reader, Path(folder) / "header", list(_entries(reader, k_quants)))) as writer:
             infos = list(writer.tensors[0].values())
         header = (Path(folder) / "header").stat().st_size
     return _padded(header) + sum(_padded(info.nbytes) for info in infos)
 
 
-def save(target: Path, reader: Reader, *, card: str = "") -> None:
-    """Write the file `target`, one tensor in memory, and the card beside it (`.md`)."""
+def save(target: Path, reader: Reader, *, card: str = "", k_quants: bool = False) -> None:
+    """Write the file `target`, one tensor in memory, and the card beside it (`.md`).
+
+    With `k_quants` a file of 16-bit weights stands beside it meanwhile.
+    """
     refuse(reader)
-    gguf, target = _package(), Path(target)
-    with replacing_file(target) as temporary, closing(_begin(reader, temporary)) as writer:
-        for entry in _entries(reader):
-            writer.write_tensor_data(_data(reader, entry, gguf))
-        writer.flush()
-        os.fsync(writer.fout[0].fileno())
+    target, entries = Path(target), list(_entries(reader, k_quants))
+    with replacing_file(target) as temporary:
+        if k_quants:
+            with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+                wide = Path(folder) / "wide.gguf"
+                _write(wide, reader, [e._replace(type="F16") if e.type.endswith("_K") else e for e in entries])
+                _quantise(wide, temporary, entries)
+        else:
+            _write(temporary, reader, entries)
     if card:
         write_atomically(target.with_suffix(".md"), card.encode())
 
 
+def _write(path: Path, reader: Reader, entries: list[Entry]) -> None:
+    gguf = _package()
+    with closing(_begin(reader, path, entries)) as writer:
+        for entry in entries:
+            writer.write_tensor_data(_data(reader, entry, gguf))
+        writer.flush()
+        os.fsync(writer.fout[0].fileno())
+
+
+def _quantise(source: Path, target: Path, entries: list[Entry]) -> None:
+    """Let llama.cpp quantise what `source` holds in 16 bits to the types of `entries`, and copy the rest."""
+    try:
+        import llama_cpp
+    except ImportError:
+        raise BitallocError("gguf: K-quants need llama-cpp-python; install it, or export without them") from None
+    gguf = _package()
+    matrices = [entry for entry in entries if len(entry.shape) == 2]
+    overrides = (llama_cpp.llama_model_tensor_override * (len(matrices) + 1))()  # the last stays empty: the end
+    for place, entry in enumerate(matrices):
+        pattern = f"^{re.escape(entry.name)}$".encode()
+        overrides[place] = llama_cpp.llama_model_tensor_override(pattern, gguf.GGMLQuantizationType[entry.type])
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.tt_overrides, settings.ftype, settings.nthread = overrides, _file_type(entries), torch.get_num_threads()
+    settings.quantize_output_tensor = False
+    settings.token_embedding_type = next(
+        gguf.GGMLQuantizationType[entry.type] for entry in entries if entry.name == "token_embd.weight"
+    )
+    if llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), settings):
+        raise BitallocError(f"gguf: llama.cpp could not quantise {source}; free space, or export without K-quants")
+
+
 # ---- tensors ------------------------------------------------------------------------------------------
-def _entries(reader: Reader) -> Iterator[Entry]:
+def _entries(reader: Reader, k_quants: bool = False) -> Iterator[Entry]:
     """What the file holds, block after block."""
     gguf = _package()
     blocks = _config(reader).num_hidden_layers
@@ -141,17 +188,16 @@ def _entries(reader: Reader) -> Iterator[Entry]:
         return found
 
     for source, (dtype, shape) in reader.untouched().items():
+        if dtype not in _FLOATS:
+            raise BitallocError(f"gguf: {source} is stored as {dtype}, {', '.join(_FLOATS)} are written; {_INSTEAD}")
         # llama.cpp adds and scales by vectors in float32 only
-        kind = "F32" if len(shape) == 1 else _AS_STORED.get(dtype)
-        if kind is None:
-            raise BitallocError(f"gguf: {source} is stored as {dtype}, floats are written; {_INSTEAD}")
-        yield Entry(name(source), source, kind, shape)
+        yield Entry(name(source), source, "F32" if len(shape) == 1 else dtype, shape)
     for layer, row in reader.plan.items():
         option, shape = from_row(row, reader.options), (row["rows"], row["columns"])
         if option.quantizer == PASS_THROUGH:
             kind = "BF16" if reader.matrix(layer).weight_OI.dtype == torch.bfloat16 else "F16"
         else:
-            kind = coded(option, *shape)
+            kind = coded(option, *shape, k_quants=k_quants)
         yield Entry(name(f"{layer}.weight"), f"{layer}.weight", kind, shape)
 
 
@@ -218,11 +264,10 @@ def _order(reader: Reader, layer: str, rows: int) -> np.ndarray | slice:
 
 
 # ---- header -------------------------------------------------------------------------------------------
-def _begin(reader: Reader, path: Path) -> Any:
+def _begin(reader: Reader, path: Path, entries: list[Entry]) -> Any:
     """A writer at `path` that has written everything but the tensors."""
     gguf, config = _package(), _config(reader)
     writer = gguf.GGUFWriter(path, ARCHITECTURES[reader.family.name])
-    entries = list(_entries(reader))
     _describe(writer, reader, config, entries)
     for entry in entries:
         block, size = gguf.GGML_QUANT_SIZES[kind := gguf.GGMLQuantizationType[entry.type]]
@@ -269,7 +314,8 @@ def _file_type(entries: list[Entry]) -> int:
         if entry.name.startswith("blk.") and len(entry.shape) == 2:
             weights[entry.type] = weights.get(entry.type, 0) + int(np.prod(entry.shape))
     most = max(weights, key=lambda kind: weights[kind])
-    return int(_package().LlamaFileType[f"MOSTLY_{most}"])
+    name = f"MOSTLY_{most}_S" if most in {"Q3_K", "Q4_K", "Q5_K"} else f"MOSTLY_{most}"
+    return int(_package().LlamaFileType[name])
 
 
 # ---- vocabulary ---------------------------------------------------------------------------------------
