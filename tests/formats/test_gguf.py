@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -167,6 +168,18 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(changes: dict, reason
     edit(reader, **changes)
     with pytest.raises(BitallocError, match=reason):
         gguf.nbytes(reader)
+
+
+def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = checkpoint(tmp_path, "llama", MIXED)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(BitallocError, match=r"not installed; pip install 'bitalloc\[gguf\]'"):
+        gguf.nbytes(reader)
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    with pytest.raises(BitallocError, match=r"K-quants need llama-cpp-python; install it"):
+        gguf.save(tmp_path / "k" / "x.gguf", reader, k_quants=True)
+    assert list((tmp_path / "k").iterdir()) == []
 
 
 def test_tokenizers_that_gguf_has_no_word_for_are_refused(tmp_path: Path) -> None:
