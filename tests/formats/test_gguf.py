@@ -212,6 +212,21 @@ def test_a_failure_half_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     assert list((tmp_path / "gguf").iterdir()) == []
 
 
+def test_pre_tokenizers_are_known_by_what_they_do() -> None:
+    from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+    def split(pattern: str) -> dict[str, Any]:
+        steps = [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}]
+        cut = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+        return {"type": "Sequence", "pretokenizers": [*steps, cut]}
+
+    assert gguf._cut(split(PRETOKENIZE_REGEX)) == "qwen2"
+    assert gguf._cut(split(PRETOKENIZE_REGEX.replace(r"\p{N}|", r"\p{N}{1,3}|"))) == "llama-bpe"
+    assert gguf._cut({"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}) == "gpt-2"
+    with pytest.raises(BitallocError, match="is not known"):
+        gguf._cut({"type": "ByteLevel", "add_prefix_space": True, "use_regex": True})
+
+
 # ---- vocabulary and llama.cpp -------------------------------------------------------------------------
 def stories() -> Path:
     if not (root := os.environ.get("BITALLOC_DATA")):
@@ -247,6 +262,8 @@ def test_the_vocabulary_comes_back(name: str, tmp_path: Path) -> None:
     fields = package.GGUFReader(target).fields  # transformers has its own idea of where a text ends
     ids = [fields[f"tokenizer.ggml.{token}_token_id"].contents() for token in ("bos", "eos")]
     assert ids == [ours.bos_token_id, ours.eos_token_id]
+    # no piece of either vocabulary spans two digits, so that the texts alone could not tell
+    assert fields["tokenizer.ggml.pre"].contents() == ("smollm" if name == "tiny" else "default")
 
 
 @MODELS
