@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import copyfile, copytree
 
 import numpy as np
 import pandas as pd
@@ -55,11 +56,20 @@ class Small:
 
 
 def small(
-    family: str, folder: Path, *, dtype: torch.dtype = torch.float16, sweep: Sweep = SWEEP, seed: int = 0
+    family: str,
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float16,
+    sweep: Sweep = SWEEP,
+    seed: int = 0,
+    source: Path | None = None,
 ) -> Small:
-    """Saved in `dtype` under `folder`; the moments are those of white noise."""
+    """Saved in `dtype` under `folder`, or a copy of `source` there; the moments are those of white noise."""
     path, store = folder / "source", Store(folder / "store")
-    save(family, path, seed=seed)
+    if source:
+        copytree(source, path, copy_function=copyfile)
+    else:
+        save(family, path, seed=seed)
     from safetensors.torch import load_file, save_file
 
     weights = path / "model.safetensors"

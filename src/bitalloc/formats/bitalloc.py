@@ -171,6 +171,22 @@ class Reader:
         tensors = {name.removeprefix(f"{layer}."): file.get_tensor(name) for name in names}
         return CompressedMatrix.from_tensors(option, row["rows"], row["columns"], tensors)
 
+    def untouched(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Tensors outside the plan: name -> (type as safetensors writes it, shape), in the order of the files."""
+        parts = {
+            stored.name
+            for layer, row in self.plan.items()
+            for stored in matrix_tensors(layer, row["rows"], row["columns"], from_row(row, self.options))
+        }
+        found = {}
+        for file in self.manifest["files"]:
+            handle = self._open(file)
+            for name in handle.keys():  # noqa: SIM118
+                if name not in parts:
+                    part = handle.get_slice(name)
+                    found[name] = (part.get_dtype(), tuple(part.get_shape()))
+        return found
+
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor in the source's orientation."""
         layer = name.removesuffix(".weight")

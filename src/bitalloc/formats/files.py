@@ -39,6 +39,21 @@ def replacing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def replacing_file(path: Path) -> Iterator[Path]:
+    """A temporary path that takes the name `path` when all went well and goes away when not; raises as above."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise BitallocError(f"cannot write {path}: {reason}; free space or fix permissions, then rerun") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write(
     path: Path, tensors: Sequence[Stored], get: Callable[[str], torch.Tensor], metadata: Mapping[str, str]
 ) -> dict[str, Any]:
