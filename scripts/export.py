@@ -22,13 +22,13 @@ def main(
     target: Path,
     path_to_table: Path,
 ) -> None:
-    plans = PLANS.read(inputs["plans"])
+    plans, name = PLANS.read(inputs["plans"]), names.get("format") or names["file_format"]
     source = Path(json.loads(inputs["checkpoint"].read_text())["path"])
     text = partial(
         card,
         names["model"],
         names["plan"],
-        form=names["format"],
+        form=name,
         base=base,
         fused=settings.fuse,
         licence=licence(source / "README.md"),

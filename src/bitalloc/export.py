@@ -14,7 +14,7 @@ from typing import Protocol
 import pandas as pd
 
 from bitalloc.errors import BitallocError, nearest
-from bitalloc.formats import huggingface
+from bitalloc.formats import gguf, gptq, huggingface
 from bitalloc.formats.bitalloc import Reader
 from bitalloc.tables import EXPORTS
 
@@ -35,7 +35,7 @@ class Format(Protocol):
         """Bytes on disk of what `nbytes` counts."""
 
 
-FORMATS: dict[str, Format] = {"huggingface": huggingface}
+FORMATS: dict[str, Format] = {"huggingface": huggingface, "gguf": gguf, "gptq": gptq}
 
 
 def export(

@@ -136,6 +136,12 @@ LOADING = {
     "huggingface": """from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("this/folder")  # needs compressed-tensors
 {adapter}""",
+    "gguf": """from llama_cpp import Llama
+model = Llama("this-file.gguf")  # matrices are stored in the next larger types of GGUF: see docs/formats.md
+""",
+    "gptq": """from gptqmodel import GPTQModel
+model = GPTQModel.load("this/folder")
+""",
 }
 ADAPTER = """
 import torch

@@ -1,7 +1,6 @@
 """The compiled kernels against plain torch, which is against the papers in test_gptq.py."""
 
 import importlib
-import os
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from tests.quant.reference import moments, weights
 @pytest.fixture(scope="module")
 def fused():
     """The kernel for GPUs under the interpreter of Triton: its arithmetic, not its speed."""
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which nothing else does here
     pytest.importorskip("triton")
     return importlib.import_module("bitalloc.quant.fused").columns
 

@@ -63,7 +63,8 @@ wildcard_constraints:
     gate=r"[a-z]+",
     plan=r"[^/]+",
     part=r"\d+",
-    format="huggingface",
+    format="huggingface|gptq",
+    file_format="gguf",
 
 
 @checked
@@ -155,7 +156,9 @@ def exports(wildcards):
     """Tables of the checkpoints in the formats that the configuration names."""
     formats = settings(wildcards.model).export.formats
     if not formats:
-        raise BitallocError(f"{wildcards.model} is exported in no format; set export.formats, [huggingface] for example")
+        raise BitallocError(
+            f"{wildcards.model} is exported in no format; set export.formats, [huggingface] for example"
+        )
     names = compressed_plans(wildcards)
     return expand("results/{model}/{format}/{plan}.parquet", model=wildcards.model, format=formats, plan=names)
 

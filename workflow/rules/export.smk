@@ -25,6 +25,30 @@ rule export:
         "../../scripts/export.py"
 
 
+rule export_file:
+    input:
+        checkpoint="results/{model}/checkpoint.json",
+        inventory="results/{model}/inventory.parquet",
+        folder="results/{model}/models/{plan}",
+        plans_folder="results/{model}/plans",
+        plans="results/{model}/plans.parquet",
+        evaluate="results/{model}/evaluate.parquet",
+        gates="results/{model}/gates.parquet",
+    output:
+        target="results/{model}/{file_format}/{plan}.{file_format}",
+        table="results/{model}/{file_format}/{plan}.parquet",
+    log:
+        "logs/{model}/export/{file_format}/{plan}.log",
+    conda:
+        "../../envs/bitalloc.yaml"
+    params:
+        settings=section("retrieve", "allocate", "export"),
+        base=base,
+        code=code("export", "report"),
+    script:
+        "../../scripts/export.py"
+
+
 rule export_merge:
     input:
         exports,

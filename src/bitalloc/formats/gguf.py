@@ -125,6 +125,11 @@ def nbytes(reader: Reader, *, k_quants: bool = False) -> int:
     return _padded(header) + sum(_padded(info.nbytes) for info in infos)
 
 
+def measure(target: Path) -> int:
+    """Bytes on disk of what `nbytes` counts: the whole file."""
+    return target.stat().st_size
+
+
 def save(target: Path, reader: Reader, *, card: str = "", k_quants: bool = False) -> None:
     """Write the file `target`, one tensor in memory, and the card beside it (`.md`).
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from bitalloc.errors import BitallocError
-from bitalloc.formats.bitalloc import Reader
+from bitalloc.formats.bitalloc import MANIFEST, Reader
 from bitalloc.formats.files import copy_small, replacing, write
 from bitalloc.formats.layout import Stored, header
 from bitalloc.models import read_config
@@ -72,6 +72,11 @@ def nbytes(reader: Reader) -> int:
     return len(header(tensors, METADATA)) + sum(tensor.nbytes for tensor in tensors)
 
 
+def measure(target: Path) -> int:
+    """Bytes on disk of what `nbytes` counts: the weights."""
+    return (target / WEIGHTS).stat().st_size
+
+
 def save(target: Path, reader: Reader, *, card: str = "") -> None:
     """Write the folder `target`, one matrix in memory."""
     refuse(reader)
@@ -87,8 +92,7 @@ def save(target: Path, reader: Reader, *, card: str = "") -> None:
     settings = _settings(reader)
     with replacing(Path(target)) as temporary:
         write(temporary / WEIGHTS, _tensors(reader), get, METADATA)
-        copy_small(reader.folder, temporary)
-        (temporary / "bitalloc.json").unlink()
+        copy_small(reader.folder, temporary, without=[MANIFEST])
         config = {**read_config(reader.folder), "quantization_config": settings}
         for name, content in {"config.json": config, "quantize_config.json": settings}.items():
             write_atomically(temporary / name, json.dumps(content, indent=2, sort_keys=True).encode())
