@@ -178,14 +178,8 @@ class Reader:
             for layer, row in self.plan.items()
             for stored in matrix_tensors(layer, row["rows"], row["columns"], from_row(row, self.options))
         }
-        found = {}
-        for file in self.manifest["files"]:
-            handle = self._open(file)
-            for name in handle.keys():  # noqa: SIM118
-                if name not in parts:
-                    part = handle.get_slice(name)
-                    found[name] = (part.get_dtype(), tuple(part.get_shape()))
-        return found
+        whole = [stored for file in self.manifest["files"] for stored in self.stored(file)]
+        return {stored.name: (stored.dtype, stored.shape) for stored in whole if stored.name not in parts}
 
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor in the source's orientation."""
