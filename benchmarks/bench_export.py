@@ -9,13 +9,18 @@ turn, all at the largest) and each is exported. Columns, each measured in a proc
     MB/s         bytes written for each second, and for each second that copying the same bytes takes (`copy MB/s`),
                  both flushed to disk
     peak / block peak memory above that at the start, over the largest block of 16-bit weights
-    load s       until the model has computed its first logits, and the same for the unquantised model (`plain s`)
+    load s       until transformers has computed the first logits (gguf: unpacked, without adapter), and the same for
+                 the unquantised model (`plain s`); gptq needs GPTQModel and is not loaded
+
+Plans with rank are left out where a format refuses them.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
 import os
 import resource
 import shutil
@@ -33,6 +38,7 @@ from safetensors.torch import save as to_bytes
 
 from bitalloc import retrieve
 from bitalloc.config import Sweep
+from bitalloc.errors import BitallocError
 from bitalloc.experiments import Experiments
 from bitalloc.export import FORMATS, export
 from bitalloc.families import FAMILIES
@@ -112,25 +118,29 @@ def copy(source: Path, target: Path) -> float:
     """Seconds to copy a folder's files and flush them."""
     start = time.perf_counter()
     target.mkdir()
-    for path in (path for path in source.rglob("*") if path.is_file()):
+    for path in [source] if source.is_file() else [path for path in source.rglob("*") if path.is_file()]:
         shutil.copyfile(path, target / path.name)
         with (target / path.name).open("rb") as file:
             os.fsync(file.fileno())
     return time.perf_counter() - start
 
 
-def load(folder: Path) -> float:
+def load(folder: Path, file: str | None = None) -> float:
     """Seconds until a model of `transformers`, with its adapter if there is one, has computed logits."""
     import peft
     from transformers import AutoModelForCausalLM
 
     start = time.perf_counter()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, gguf_file=file)
     with torch.inference_mode():
         model(IDS)
         if (folder / "adapter").is_dir():
             peft.PeftModel.from_pretrained(model, folder / "adapter")(IDS)
     return time.perf_counter() - start
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 def main() -> None:
@@ -146,28 +156,34 @@ def main() -> None:
         plain_s = apart(load, folder / "source")
         columns = ("ratio", "MB/s", "copy MB/s", "peak / block", "load s", "plain s")
         print(f"{'format':>12}{'plan':>10}{'MB':>8}" + "".join(f"{column:>14}" for column in columns), flush=True)
-        for name in FORMATS:
-            for source in sorted((folder / "models").iterdir()):
-                target = folder / name / source.name
-                target.parent.mkdir(exist_ok=True)
-                made = apart(write, source, target, name)
-                copy_s = apart(copy, target, folder / "copy")
-                shutil.rmtree(folder / "copy")
-                load_s = apart(load, target)
-                values = (
-                    made["nbytes"] / made["promised"],
-                    made["nbytes"] / made["seconds"] / 1e6,
-                    made["nbytes"] / copy_s / 1e6,
-                    made["grown"] / block,
-                    load_s,
-                    plain_s,
-                )
-                print(
-                    f"{name:>12}{source.name:>10}{made['nbytes'] / 1e6:8.1f}"
-                    + "".join(f"{value:14.4g}" for value in values),
-                    flush=True,
-                )
-                rows.append({"format": name, "plan": source.name, **made, **dict(zip(columns, values, strict=True))})
+        for name, source in itertools.product(FORMATS, sorted((folder / "models").iterdir())):
+            try:
+                FORMATS[name].refuse(bitalloc.Reader(source))
+            except BitallocError:
+                continue
+            target = folder / name / (f"{source.name}.gguf" if name == "gguf" else source.name)
+            target.parent.mkdir(exist_ok=True)
+            made = apart(write, source, target, name)
+            copy_s = apart(copy, target, folder / "copy")
+            shutil.rmtree(folder / "copy")
+            where = (target.parent, target.name) if name == "gguf" else (target,)
+            load_s = float("nan") if name == "gptq" else apart(load, *where)
+            values = (
+                made["nbytes"] / made["promised"],
+                made["nbytes"] / made["seconds"] / 1e6,
+                made["nbytes"] / copy_s / 1e6,
+                made["grown"] / block,
+                load_s,
+                plain_s,
+            )
+            print(
+                f"{name:>12}{source.name:>10}{made['nbytes'] / 1e6:8.1f}"
+                + "".join(f"{value:14.4g}" for value in values),
+                flush=True,
+            )
+            rows.append(
+                {"format": name, "plan": source.name, **made, **dict(zip(columns, map(_known, values), strict=True))}
+            )
     path = Path(__file__).parent / "results/export.json"
     record = run_record("torch", "transformers", "compressed-tensors", "peft")
     path.write_text(json.dumps({"record": record, **vars(given), "rows": rows}, indent=1) + "\n")
