@@ -12,7 +12,8 @@ W_OI with G groups of g inputs, b-bit codes and rank r is stored as
     lora_A, lora_B         F16  [r, I], [O, r]        16-bit factors
                            F16  [r, I], F32 [O, r]    8-bit factors: integers, integers times both scales
 
-and nothing is rounded. 8-bit factors take three times their bytes here: sweep with `factor_bits: 16` for this format.
+and nothing is rounded further than float32. 8-bit factors take three times their bytes here: sweep with
+`factor_bits: 16` for this format.
 """
 
 from __future__ import annotations
@@ -33,8 +34,7 @@ from bitalloc.formats.files import copy_small, replacing, write
 from bitalloc.formats.layout import Layout, Stored, block_file, in_order, matrix_tensors
 from bitalloc.formats.layout import nbytes as nbytes_of
 from bitalloc.option import PASS_THROUGH, from_row
-from bitalloc.quant import CompressedMatrix
-from bitalloc.quant.packing import pack
+from bitalloc.quant.packing import pack, unpack
 from bitalloc.store import write_atomically
 
 FAMILIES = ("llama", "qwen2", "mistral")
@@ -196,17 +196,27 @@ def _tensor(reader: Reader, native: Mapping[str, str], name: str) -> Tensor:
         return reader.raw(native[name], name)
     if name.startswith(LORA):
         layer, _, part = name.removeprefix(LORA).removesuffix(".weight").rpartition(".")
-        return lora_factors(reader.matrix(layer))[part == "lora_B"]
-    layer, _, part = name.rpartition(".")
+    else:
+        layer, _, part = name.rpartition(".")
     row = reader.plan[layer]
+    rows, bits = row["rows"], row["bits"]
     if part == "weight_shape":
-        return torch.tensor([row["rows"], row["columns"]])
-    file = block_file(row["block"])
+        return torch.tensor([rows, row["columns"]])
+
+    def raw(which: str) -> Tensor:  # a part of the matrix: unpacking all of it would take most of the time
+        return reader.raw(block_file(row["block"]), f"{layer}.{which}")
+
+    scaled = row["rank"] and reader.options.factor_bits == 8
+    if part == "lora_A":
+        return raw("R").half()
+    if part == "lora_B":
+        return scaled_factor(raw("L"), raw("L_scale"), raw("R_scale")) if scaled else raw("L")
     if part == "weight_scale":
-        return reader.raw(file, f"{layer}.scale")
+        return raw("scale")
     if part == "weight_zero_point":  # packed along the rows, as servers slice them
-        return _words(pack(reader.matrix(layer).zero_OG.T.contiguous(), row["bits"])).T
-    return _words(reader.raw(file, f"{layer}.weight").view(row["rows"], -1))
+        zero_OG = unpack(raw("zero")[None], bits, rows * (row["columns"] // row["group_size"])).view(rows, -1)
+        return _words(pack(zero_OG.T.contiguous(), bits)).T
+    return _words(raw("weight").view(rows, -1))
 
 
 def _words(packed: Tensor) -> Tensor:
@@ -214,15 +224,13 @@ def _words(packed: Tensor) -> Tensor:
     return torch.nn.functional.pad(packed, (0, -packed.shape[1] % 4)).view(torch.int32)
 
 
-def lora_factors(matrix: CompressedMatrix) -> tuple[Tensor, Tensor]:
-    """(A_RI, B_OR) with B A = L R, exactly: 16-bit factors as they are.
+def scaled_factor(L_OR: Tensor, L_scale_R: Tensor, R_scale_R: Tensor) -> Tensor:
+    """B_OR, float32, of 8-bit factors: A holds the integers of R, so that B takes both scales, in one rounding.
 
-    Of 8-bit factors A holds the integers and B the others times both scales, 7 + 22 bits in a float32.
+    >>> scaled_factor(torch.tensor([[3]], dtype=torch.int8), torch.tensor([0.5]), torch.tensor([0.25])).item()
+    0.375
     """
-    if matrix.L_scale_R is None:
-        return matrix.R_RI, matrix.L_OR
-    scale_R = matrix.L_scale_R.float() * matrix.R_scale_R.float()
-    return matrix.R_RI.half(), matrix.L_OR.float() * scale_R
+    return L_OR.float() * (L_scale_R.float() * R_scale_R.float())
 
 
 def _index(files: Layout) -> bytes:
