@@ -62,3 +62,12 @@ def test_every_table_documents_every_column_and_has_a_key():
         assert table.name == name
         assert set(table.key) <= columns
         assert all(column.doc for column in table.columns)
+
+
+def test_parts_become_one_table_with_shared_rows_once(tmp_path):
+    parts = [law(), law(scope="mlp")], [law(), law(scope="attention")]
+    for name, frames in zip("ab", parts, strict=True):
+        tables.LAW.write(pd.concat(frames), tmp_path / name, verdicts=[{"gate": name}])
+    tables.LAW.merge([tmp_path / "a", tmp_path / "b"], tmp_path / "whole")
+    assert tables.LAW.read(tmp_path / "whole")["scope"].tolist() == ["pooled", "mlp", "attention"]
+    assert tables.verdicts(tmp_path / "whole") == [{"gate": "a"}]

@@ -68,6 +68,11 @@ class Table:
         pq.write_table(table, buffer, compression="zstd")
         write_atomically(path, buffer.getvalue())
 
+    def merge(self, parts: Sequence[Path], path: Path) -> None:
+        """Write the rows of all `parts` as one table, a row that several hold once; verdicts as in the first."""
+        merged = pd.concat([self.read(part) for part in parts], ignore_index=True)
+        self.write(merged.drop_duplicates(list(self.key), ignore_index=True), path, verdicts=verdicts(parts[0]))
+
     def read(self, path: Path) -> pd.DataFrame:
         """Read the table; raises `BitallocError` when the file is absent, corrupted or another table."""
         try:
