@@ -38,7 +38,7 @@ def main(
     )
     budget = plans.loc[plans["plan"] == names["plan"], "budget"].item()
     most = limit(budget, INVENTORY.read(inputs["inventory"]))
-    row = export(inputs["folder"], target, name=names["format"], card=lambda nbytes: text(nbytes=nbytes), limit=most)
+    row = export(inputs["folder"], target, name=name, card=lambda nbytes: text(nbytes=nbytes), limit=most)
     EXPORTS.write(row, path_to_table, verdicts=verdicts(inputs["plans"]))
 
 

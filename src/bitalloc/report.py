@@ -194,7 +194,11 @@ def card(
         "## Evaluation",
         _grid((header[0], *header[2:]), [(row[0], *row[2:]) for row in rows if row]),
         f"{corpus}; tasks in % right. `reference` is the unquantised model. Scores were taken inside bitalloc, with "
-        "the weights that this checkpoint unpacks to.",
+        + (
+            "the plan's own weights, some of which this format rounds again."
+            if form == "gguf"
+            else "the weights that this checkpoint unpacks to."
+        ),
         "## What this stands on",
         _stamp(gates),
         "\n".join(f"- {line}" for line in _verdicts(gates)),
