@@ -160,3 +160,23 @@ def test_two_runs_at_once_do_not_meet(project):
     assert "lock" in output.lower()
     assert first.communicate(timeout=600) is not None
     assert first.returncode == 0
+
+
+def test_checkpoints_leave_in_the_formats_that_the_configuration_names(project):
+    project.configure(export={"formats": ["huggingface", "gguf"]}, allocate={"fuse": []})
+    status, output = project.run("results/tiny/exports.parquet")
+    assert status == 0, output
+    results = project.folder / "results/tiny"
+    exports = tables.EXPORTS.read(results / "exports.parquet")
+    checkpoints = tables.CHECKPOINTS.read(results / "checkpoints.parquet")
+    assert sorted(exports["plan"]) == sorted([*checkpoints["plan"], *checkpoints["plan"]])
+    assert (exports["nbytes"] == exports["predicted_nbytes"]).all()
+    for row in exports.itertuples():
+        card = results / row.format / (f"{row.plan}.md" if row.format == "gguf" else f"{row.plan}/README.md")
+        assert f"({row.nbytes:,} bytes)" in card.read_text()
+    assert tables.verdicts(results / "exports.parquet") == tables.verdicts(results / "plans.parquet")
+
+
+def test_exports_without_a_format_are_one_line(project):
+    status, output = project.run("results/tiny/exports.parquet")
+    assert status != 0 and "set export.formats" in output
