@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -68,25 +69,31 @@ class Project:
             start_new_session=True, env={**os.environ, "HF_HUB_OFFLINE": "1"},
         )  # fmt: skip
 
+    @contextlib.contextmanager
+    def started(self, *arguments: str) -> Iterator[subprocess.Popen]:
+        """A run that does not outlive the block, nor do its jobs."""
+        with self.start(*arguments) as process:
+            try:
+                yield process
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+
     def run(self, *arguments: str) -> tuple[int, str]:
         """Exit status and all output of `snakemake ARGUMENTS`."""
-        process = self.start(*arguments)
-        output, _ = process.communicate(timeout=600)
+        with self.started(*arguments) as process:
+            output, _ = process.communicate(timeout=600)
         return process.returncode, output
 
     def kill_once(self, condition, *arguments: str, by: int = signal.SIGKILL) -> None:
         """Start a run and send `by` to snakemake and all its jobs as soon as `condition()` holds."""
-        process = self.start(*arguments)
-        try:
+        with self.started(*arguments) as process:
             while not condition():
                 assert process.poll() is None, process.communicate()[0]
                 time.sleep(0.01)
             os.killpg(process.pid, by)
             process.communicate(timeout=120)
             assert process.returncode != 0
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
 
     def tables(self) -> dict[str, Path]:
         results = self.folder / "results/tiny"

@@ -19,8 +19,9 @@ from bitalloc.option import options
 from bitalloc.store import Store
 from bitalloc.sweep import units
 
-# the maths library takes fewer threads on a busy machine unless told not to, and then last digits differ
+# left alone, the maths library lets the last digits of a product depend on how many threads it finds free
 os.environ.setdefault("MKL_DYNAMIC", "FALSE")
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 PRODUCTS = ["goodhart.png", "report.md", "sensitivity.png", "errors.png", "law.png"]
 
