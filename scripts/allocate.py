@@ -6,7 +6,7 @@ from bitalloc import allocate
 from bitalloc.config import Config
 from bitalloc.gates import read_verdict
 from bitalloc.script import stage
-from bitalloc.tables import COSTS, INVENTORY, PLAN, PLANS, SENSITIVITY
+from bitalloc.tables import COSTS, EMBEDDINGS, INVENTORY, PLAN, PLANS, SENSITIVITY
 
 
 def main(
@@ -14,13 +14,18 @@ def main(
     path_to_costs: Path,
     path_to_sensitivity: Path,
     path_to_inventory: Path,
+    path_to_embeddings: Path | None,
     paths_to_verdicts: list[Path],
     settings: Config,
     path_to_plans: Path,
     folder: Path,
 ) -> None:
     plans, frames = allocate.allocate(
-        COSTS.read(path_to_costs), SENSITIVITY.read(path_to_sensitivity), INVENTORY.read(path_to_inventory), settings
+        COSTS.read(path_to_costs),
+        SENSITIVITY.read(path_to_sensitivity),
+        INVENTORY.read(path_to_inventory),
+        settings,
+        EMBEDDINGS.read(path_to_embeddings) if path_to_embeddings else None,
     )
     verdicts = [row for path in paths_to_verdicts for row in read_verdict(path)["checks"]]
     folder.mkdir(parents=True, exist_ok=True)
@@ -35,6 +40,7 @@ if __name__ == "__main__":
             path_to_costs=Path(snakemake.input.costs),
             path_to_sensitivity=Path(snakemake.input.sensitivity),
             path_to_inventory=Path(snakemake.input.inventory),
+            path_to_embeddings=Path(snakemake.input.embeddings) if snakemake.input.embeddings else None,
             paths_to_verdicts=[Path(path) for path in snakemake.input.verdicts],
             settings=Config(**snakemake.params.settings),
             path_to_plans=Path(snakemake.output.plans),

@@ -14,7 +14,9 @@ def main(*, plan: str, inputs: dict[str, Path], settings: Config, results: Path,
     frame = compress(
         {plan: PLAN.read(path_to_plan)},
         results=results,
-        experiments=open_experiments(inputs["checkpoint"], inputs["inventory"], inputs["moments"], settings),
+        experiments=open_experiments(
+            inputs["checkpoint"], inputs["inventory"], inputs["moments"], settings, inputs.get("embeddings")
+        ),
         inventory=INVENTORY.read(inputs["inventory"]),
         verdicts=verdicts(path_to_plan),
     )
@@ -25,7 +27,7 @@ if __name__ == "__main__":
     with stage(snakemake):
         main(
             plan=snakemake.wildcards.plan,
-            inputs={name: Path(path) for name, path in snakemake.input.items()},
+            inputs={name: Path(path) for name, path in snakemake.input.items() if path},
             settings=Config(**snakemake.params.settings),
             results=Path(snakemake.output.folder).parents[1],
             path_to_table=Path(snakemake.output.table),

@@ -16,7 +16,9 @@ def main(*, part: int, inputs: dict[str, Path], settings: Config, results: Path,
         plans = plans[plans["strategy"] != "random"]  # nothing to gain: the pool is not worth its hours
     written = CHECKPOINTS.read(inputs["checkpoints"]).set_index("plan")["path"]
     mine = plans["plan"].tolist()[part :: settings.evaluate.jobs]
-    experiments = open_experiments(inputs["checkpoint"], inputs["inventory"], inputs["moments"], settings)
+    experiments = open_experiments(
+        inputs["checkpoint"], inputs["inventory"], inputs["moments"], settings, inputs.get("embeddings")
+    )
     scores, responses = evaluate(
         plans={
             name: results / written[name] if name in written else PLAN.read(inputs["folder"] / f"{name}.parquet")
@@ -41,7 +43,7 @@ if __name__ == "__main__":
     with stage(snakemake):
         main(
             part=int(snakemake.wildcards.part),
-            inputs={name: Path(path) for name, path in snakemake.input.items()},
+            inputs={name: Path(path) for name, path in snakemake.input.items() if path},
             settings=Config(**snakemake.params.settings),
             results=Path(snakemake.input.checkpoints).parent,
             outputs={name: Path(path) for name, path in snakemake.output.items()},

@@ -14,7 +14,9 @@ SUITES = ("perplexity", "divergence")
 def main(*, inputs: dict[str, Path], settings: Config, path_to_scores: Path) -> None:
     plans = PLANS.read(inputs["plans"])
     competing = plans["strategy"].str.match(r"(optimal(_\d+)?|uniform|manual)$")
-    experiments = open_experiments(inputs["checkpoint"], inputs["inventory"], inputs["moments"], settings)
+    experiments = open_experiments(
+        inputs["checkpoint"], inputs["inventory"], inputs["moments"], settings, inputs.get("embeddings")
+    )
     scores, _ = evaluate(
         plans={name: PLAN.read(inputs["folder"] / f"{name}.parquet") for name in plans.loc[competing, "plan"]},
         path=experiments.checkpoint.path,
@@ -35,7 +37,7 @@ def main(*, inputs: dict[str, Path], settings: Config, path_to_scores: Path) -> 
 if __name__ == "__main__":
     with stage(snakemake):
         main(
-            inputs={name: Path(path) for name, path in snakemake.input.items()},
+            inputs={name: Path(path) for name, path in snakemake.input.items() if path},
             settings=Config(**snakemake.params.settings),
             path_to_scores=Path(snakemake.output[0]),
         )

@@ -17,7 +17,7 @@ from bitalloc.experiments import Experiments
 from bitalloc.families import FAMILIES
 from bitalloc.models import Checkpoint, load_model, set_weight
 from bitalloc.store import Store
-from bitalloc.suites import Head, Windows
+from bitalloc.suites import Head, Windows, spread
 from bitalloc.tables import SENSITIVITY
 from tests.random_models import VOCABULARY
 from tests.small import CPU, Small, small, tokens
@@ -52,7 +52,7 @@ def test_kl_is_that_of_whole_forward_passes(family: str, tmp_path: Path) -> None
     frame = run(bench, tmp_path / "shards")
     SENSITIVITY.write(frame, tmp_path / "sensitivity.parquet")
     option = stage.probe(bench.experiments.sweep, BOTH)
-    windows = Windows(stage._chosen(tokens(), 6), batch=4, device=CPU)
+    windows = Windows(spread(tokens(), 6), batch=4, device=CPU)
     model = load_model(bench.path, device=CPU)
     reference, found = windows.hidden(model), frame.set_index(["signal", "layer"])
     assert len(found) == 2 * len(bench.layers)
@@ -86,7 +86,7 @@ def test_fisher_is_half_the_trace(tmp_path: Path) -> None:
     bench, layer = small("llama", tmp_path), "model.layers.1.mlp.up_proj"
     frame = run(bench, tmp_path / "shards", config.Sensitivity(signals=["fisher"], signal="fisher", windows=6))
     option = stage.probe(bench.experiments.sweep, BOTH)
-    windows, model = Windows(stage._chosen(tokens(), 6), batch=4, device=CPU), load_model(bench.path, device=CPU)
+    windows, model = Windows(spread(tokens(), 6), batch=4, device=CPU), load_model(bench.path, device=CPU)
     generator, gradients = torch.Generator().manual_seed(0), []
     for batch in windows.batches:
         outputs: list[torch.Tensor] = []
@@ -150,10 +150,10 @@ def test_a_run_that_broke_off_goes_on_where_it_stopped(tmp_path: Path, monkeypat
 
 def test_the_windows_are_spread_over_the_corpora() -> None:
     text = pd.concat([tokens(), tokens().assign(corpus="other")], ignore_index=True)
-    chosen = stage._chosen(text, 6)
+    chosen = spread(text, 6)
     assert chosen["corpus"].value_counts().to_dict() == {"noise": 3, "other": 3}
     assert set(chosen["split"]) == {"calibrate"}
-    assert len(stage._chosen(text, 1000)) == 24
+    assert len(spread(text, 1000)) == 24
 
 
 def test_bad_input_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +161,7 @@ def test_bad_input_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(BitallocError, match="probe_bits of 16 changes nothing"):
         run(bench, tmp_path / "s", config.Sensitivity(probe_bits=16))
     with pytest.raises(BitallocError, match="no windows of the split calibrate"):
-        stage._chosen(tokens().query("split == 'report'"), 3)
+        spread(tokens().query("split == 'report'"), 3)
     scores = Windows.scores
     monkeypatch.setattr(Windows, "scores", lambda *a: scores(*a).assign(kl=np.nan))
     with pytest.raises(BitallocError, match=r"q_proj at rtn-3b-g16-r0 makes the model's scores NaN"):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, get_args
 
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from bitalloc.config import Allocate, Bits, Config, Sweep, parse_bytes
 from bitalloc.errors import BitallocError
 from bitalloc.families import FUSED
-from bitalloc.formats.layout import checkpoint_nbytes, rest_nbytes
+from bitalloc.formats.layout import checkpoint_nbytes, claim, rest_nbytes
 from bitalloc.option import PASS_THROUGH, Option
 from bitalloc.strategies import Choice, Instance, random, strategy
 from bitalloc.strategies.optimal import Solution, gap, solve
@@ -60,8 +60,14 @@ def budget_slug(text: str) -> str:
     return text.replace(" ", "-") if text.startswith("uniform") or " context " in text else text.replace(" ", "")
 
 
-def build(costs: pd.DataFrame, sensitivity: pd.DataFrame, inventory: pd.DataFrame, config: Config) -> Instance:
-    """The knapsack of one model, matrices in the order of the inventory.
+def build(
+    costs: pd.DataFrame,
+    sensitivity: pd.DataFrame,
+    inventory: pd.DataFrame,
+    config: Config,
+    embeddings: pd.DataFrame | None = None,
+) -> Instance:
+    """The knapsack of one model: matrices in the order of the inventory, then what EMBEDDINGS offers, apart.
 
     Raises `BitallocError` when the tables do not cover the same matrices or disagree on bytes.
     """
@@ -72,6 +78,11 @@ def build(costs: pd.DataFrame, sensitivity: pd.DataFrame, inventory: pd.DataFram
         if off := sorted(layers ^ set(claimed.index)):
             raise BitallocError(f"{name} and inventory differ in {off[0]} ({len(off)} matrices); repeat that stage")
     sweep = config.sweep
+    costs = costs.assign(cost=costs["layer"].map(coefficient).to_numpy() * costs["rel_error"].to_numpy())
+    if embeddings is not None:
+        costs = pd.concat([costs, embeddings.assign(cost=embeddings["kl_nats_per_token"])], ignore_index=True)
+        inventory = claim(inventory, embeddings["layer"])
+        claimed = inventory[inventory["claimed"]].set_index("layer")
     places = costs[_OPTION].drop_duplicates().itertuples(index=False, name=None)
     options = sorted(
         Option(*place) if place[0] == PASS_THROUGH else Option(*place, sweep.factor_bits, sweep.symmetric)
@@ -84,7 +95,7 @@ def build(costs: pd.DataFrame, sensitivity: pd.DataFrame, inventory: pd.DataFram
     nbytes_NK = np.zeros((len(row), len(options)), dtype=np.int64)
     costs_NK = np.full(nbytes_NK.shape, np.inf)
     nbytes_NK[i, k] = costs["nbytes"]
-    costs_NK[i, k] = costs["layer"].map(coefficient).to_numpy() * costs["rel_error"].to_numpy()
+    costs_NK[i, k] = costs["cost"]
     for layer, rows, columns, option, nbytes in zip(
         costs["layer"], *(claimed[side].loc[costs["layer"]] for side in ("rows", "columns")), k, costs["nbytes"],
         strict=True,
@@ -92,7 +103,8 @@ def build(costs: pd.DataFrame, sensitivity: pd.DataFrame, inventory: pd.DataFram
         if options[option].nbytes(rows, columns) != nbytes:
             raise BitallocError(f"{layer} at {options[option].name}: costs and configuration differ in bytes; resweep")
     weights_N = (claimed["rows"] * claimed["columns"]).to_numpy(dtype=np.int64)
-    return Instance(tuple(row), tuple(options), weights_N, nbytes_NK, costs_NK)
+    apart_N = claimed["kind"].isin(["embedding", "head"]).to_numpy()
+    return Instance(tuple(row), tuple(options), weights_N, nbytes_NK, costs_NK, apart_N)
 
 
 def units(place: pd.DataFrame, groups: Sequence[str]) -> NDArray[np.int64]:
@@ -172,21 +184,31 @@ def _uniform_budget(text: str, match: re.Match, inventory: pd.DataFrame, sweep: 
     option = Option(sweep.quantizers[0], bits, group_size, rank, sweep.factor_bits, sweep.symmetric)
     if bits == 16:
         option = Option(PASS_THROUGH, 16, 0, 0)
-    claimed = inventory[inventory["claimed"]]
-    shapes = zip(claimed["rows"], claimed["columns"], strict=True)
-    return Budget(text, sum(option.nbytes(int(rows), int(columns)) for rows, columns in shapes), option=option)
+    matrices = inventory[inventory["claimed"]]
+    tables = matrices["kind"].isin(["embedding", "head"])  # which uniform plans leave at their most bits
+    widest = max(sweep.embedding_bits)
+    table = Option(PASS_THROUGH, 16, 0, 0) if widest == 16 else replace(option, bits=widest, rank=0)
+    shapes = zip(matrices["rows"], matrices["columns"], tables, strict=True)
+    total = sum((table if apart else option).nbytes(int(rows), int(columns)) for rows, columns, apart in shapes)
+    return Budget(text, total, option=option)
 
 
 def allocate(
-    costs: pd.DataFrame, sensitivity: pd.DataFrame, inventory: pd.DataFrame, config: Config
+    costs: pd.DataFrame,
+    sensitivity: pd.DataFrame,
+    inventory: pd.DataFrame,
+    config: Config,
+    embeddings: pd.DataFrame | None = None,
 ) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:
     """PLANS frame and plan name -> PLAN frame: all budgets x strategies, runners-up and the random pool.
 
     `lower_bound` is that of the joint problem, so every plan's gap tells how far it can be from the best. Groups
-    that are to be fused take one option together; the plan `unfused` then shows what that costs.
+    that are to be fused take one option together; the plan `unfused` then shows what that costs. `embeddings`, an
+    EMBEDDINGS frame, puts the embedding and a head of its own into the same budgets.
     """
     settings = config.allocate
-    whole = build(costs, sensitivity, inventory, config)
+    whole = build(costs, sensitivity, inventory, config, embeddings)
+    inventory = claim(inventory, whole.layers)
     place = inventory[inventory["claimed"]][["layer", "block", "role"]].reset_index(drop=True)
     unit_N = units(place, config.fuse)
     instance = whole.fused(unit_N)
@@ -253,7 +275,8 @@ def _uniform(instance: Instance, budget: Budget) -> tuple[Choice, str]:
     choice_N = strategy("uniform")(instance, budget.nbytes)
     best = instance.options[choice_N[0]]
     if budget.option in instance.options and budget.option != best:
-        named_N = np.full_like(choice_N, instance.options.index(budget.option))
+        most_N = np.where(np.isfinite(instance.costs_NK), instance.nbytes_NK, -1).argmax(axis=1)
+        named_N = np.where(instance.apart_N, most_N, instance.options.index(budget.option))
         if np.isfinite(instance.objective(named_N)):
             return named_N, f"{budget.option.name}, as the budget says; {best.name} fits too and costs less"
     return choice_N, best.name

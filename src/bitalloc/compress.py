@@ -35,7 +35,7 @@ def compress(
     for name, plan in plans.items():
         folder = Path("models") / name
         options = {row["layer"]: from_row(row, experiments.sweep) for row in plan.to_dict("records")}
-        shards = {layer: experiments.rows([layer], [option])["key"].item() for layer, option in options.items()}
+        shards = {layer: experiments.shard(layer, option) for layer, option in options.items()}
         place = digest(str((results / folder).resolve()))
         with experiments.store.lock(place, f"[compress] another process writes {folder}; waiting for it"):
             checkpoints.save(

@@ -62,6 +62,9 @@ class Sweep(Section):
     bits: list[Bits] = Field([2, 3, 4], description="bits of a code; 16 passes the matrix through")
     group_sizes: list[Positive] = Field([128], description="weights along the input that share one scale")
     ranks: list[Annotated[int, Field(ge=0)]] = Field([0, 32, 64, 128, 256], description="ranks of the low-rank part")
+    embedding_bits: list[Bits] = Field(
+        [16], description="bits offered to the embedding and to a head of its own; [16] leaves them as they are"
+    )
     symmetric: bool = Field(False, description="codes without a zero point")
     factor_bits: Literal[8, 16] = Field(8, description="bits of an entry of the low-rank factors")
     damping: Annotated[float, Field(gt=0)] = Field(0.1, description="added to H, as a share of its mean diagonal")

@@ -114,6 +114,7 @@ class Bench:
         self.windows, self.items, self.suites = windows, items, suites
         self.device, self.remote_code = windows.device, remote_code
         self.claimed = list(inventory.loc[inventory["claimed"], "layer"])
+        self.tables = list(experiments.tables)
         self._shards: dict[tuple[str, Option], str] = {}
         self.now: Mapping[str, str] = {}  # identities of the weights that the model has now
 
@@ -130,9 +131,15 @@ class Bench:
 
     @cached_property
     def head(self) -> Head:
-        head = Head(self.model)
-        head.refuse(self.model, self.claimed)
-        return head
+        return Head(self.model)
+
+    @cached_property
+    def reference_head(self) -> Head | None:
+        """A copy of the unquantised head where plans may exchange it."""
+        if not self.tables:
+            return None
+        self.put_on(Subject({}))
+        return self.head.fixed()
 
     @cached_property
     def reference(self) -> list[torch.Tensor]:
@@ -157,31 +164,35 @@ class Bench:
         )
 
     def _check(self, name: str, plan: pd.DataFrame) -> None:
-        if off := sorted(set(plan["layer"]) ^ set(self.claimed)):
+        if off := sorted(set(plan["layer"]).difference(self.tables) ^ set(self.claimed)):
             raise BitallocError(f"plan {name} is not one of this model: {off[0]} is missing or unknown; rerun allocate")
 
     def _shard(self, layer: str, option: Option) -> str:
         if (layer, option) not in self._shards:
-            self._shards[layer, option] = self.experiments.rows([layer], [option])["key"].item()
+            self._shards[layer, option] = self.experiments.shard(layer, option)
         return self._shards[layer, option]
 
     def put_on(self, subject: Subject) -> None:
         """Give the model the weights of a plan, touching only those that differ from what it has."""
         family = self.experiments.checkpoint.family
-        for layer in self.claimed:
+        for layer in (*self.claimed, *self.tables):
             wanted = subject.weights.get(layer)
             if wanted != self.now.get(layer):
                 known = wanted is not None and subject.matrix is not None
                 W_OI = subject.matrix(layer).dequantize() if known else self.experiments.checkpoint.weight(layer)
                 set_weight(self.model, family, layer, W_OI)
+        if any(subject.weights.get(layer) != self.now.get(layer) for layer in self.tables):
+            self.head.refresh()
         self.now = subject.weights
 
     def measure(self, name: str, subject: Subject) -> JSON:
         """Rows of RESPONSES without `plan`, column by column, and (suite, task, protocol) triples."""
-        reference = self.reference if "divergence" in self.suites else None
+        reference, reference_head = (
+            (self.reference, self.reference_head) if "divergence" in self.suites else (None, None)
+        )
         self.put_on(subject)
         own = None if subject.weights else reference
-        scored = Scored(self.model, self.head, self.windows, self.items, reference, own)
+        scored = Scored(self.model, self.head, self.windows, self.items, reference, own, reference_head)
         frames, protocols = [], []
         for suite in self.suites:
             rows, by_task = SUITES[suite](scored)

@@ -25,13 +25,13 @@ from bitalloc.config import Config, Sweep, parse_bytes
 from bitalloc.errors import BitallocError, nearest
 from bitalloc.lowrank import Decomposition, Factor, Target, compress, stacks, working_bytes
 from bitalloc.models import Checkpoint, open_checkpoint, pick_device, read_moment
-from bitalloc.option import PASS_THROUGH, Option
+from bitalloc.option import PASS_THROUGH, Option, from_row
 from bitalloc.option import options as configured
 from bitalloc.progress import Progress
 from bitalloc.provenance import source_digest
 from bitalloc.quant import CompressedMatrix, quantizer
 from bitalloc.store import JSON, Store, digest
-from bitalloc.tables import INVENTORY, MOMENTS, SWEEP
+from bitalloc.tables import EMBEDDINGS, INVENTORY, MOMENTS, SWEEP
 
 Pair = tuple[str, Option]  # layer and option: an experiment
 
@@ -52,8 +52,14 @@ class Experiments:
         store: Store,
         sweep: Sweep,
         device: torch.device,
+        embeddings: pd.DataFrame | None = None,
     ) -> None:
+        """`embeddings` is an EMBEDDINGS frame: what it holds was computed by that stage and is only read here."""
         self.checkpoint, self.store, self.sweep, self.device = checkpoint, store, sweep, device
+        found = [] if embeddings is None else embeddings.to_dict("records")
+        self.tables: dict[str, dict[Option, str]] = {}  # layer -> option -> shard
+        for row in found:
+            self.tables.setdefault(row["layer"], {})[from_row(row, sweep)] = row["key"]
         claimed = inventory[inventory["claimed"]]
         self.layers: dict[str, dict[str, Any]] = {row["layer"]: row for row in claimed.to_dict("records")}
         self.moments: dict[str, dict[str, Any]] = {row["site"]: row for row in moments.to_dict("records")}
@@ -76,8 +82,16 @@ class Experiments:
         """How many of `layers` x `options` stand in the store; only `rows` finds out whether they are sound."""
         return sum(self._key(layer, option) in self.store for layer in layers for option in options)
 
+    def shard(self, layer: str, option: Option) -> str:
+        """The shard of one experiment, computed if it is not there; that of an embedding or head is known."""
+        if layer in self.tables:
+            return self.tables[layer][option]
+        return self.rows([layer], [option])["key"].item()
+
     def matrix(self, layer: str, option: Option) -> CompressedMatrix:
         """The compressed matrix: from the store when it is kept there, else computed, to the same bytes."""
+        if layer in self.tables:
+            return self._table(layer, option)
         row, key = self._layer(layer), self._key(layer, option)
         path = self.store.tensors(key) if self.store.get(key) is not None else None
         if path is not None:
@@ -88,6 +102,21 @@ class Experiments:
         [(_, result, _, _)] = self._compute([(layer, option)], matrices=True)
         assert result.matrix is not None
         return result.matrix
+
+    def _table(self, layer: str, option: Option) -> CompressedMatrix:
+        stored = self.checkpoint.tensor(f"{layer}.weight")
+        if option.quantizer == PASS_THROUGH:
+            half = stored.dtype if stored.dtype == torch.bfloat16 else torch.float16
+            return CompressedMatrix(option, *stored.shape, weight_OI=stored.to(half))
+        key = self.tables[layer][option]
+        path = self.store.tensors(key) if self.store.get(key) is not None else None
+        if path is None:
+            self.store.forget()
+            raise BitallocError(
+                f"the codes of {layer} at {option.name} are missing from {self.store.root} or damaged; "
+                "delete embeddings.parquet and rerun"
+            )
+        return CompressedMatrix.from_tensors(option, *stored.shape, load_file(path))
 
     def H(self, site: str) -> Tensor:  # noqa: N802 - the name of the paper
         """The moment matrix H_II of a site, float32, on the CPU."""
@@ -256,9 +285,13 @@ def _out_of_memory(error: BaseException) -> bool:
 
 
 def open_experiments(
-    path_to_checkpoint: Path, path_to_inventory: Path, path_to_moments: Path, settings: Config
+    path_to_checkpoint: Path,
+    path_to_inventory: Path,
+    path_to_moments: Path,
+    settings: Config,
+    path_to_embeddings: Path | None = None,
 ) -> Experiments:
-    """The experiments of a model whose checkpoint.json, INVENTORY and MOMENTS lie at these paths."""
+    """The experiments of a model whose checkpoint.json, INVENTORY, MOMENTS and EMBEDDINGS lie at these paths."""
     return Experiments(
         checkpoint=open_checkpoint(path_to_checkpoint),
         inventory=INVENTORY.read(path_to_inventory),
@@ -266,4 +299,5 @@ def open_experiments(
         store=Store(Path(settings.store)),
         sweep=settings.sweep,
         device=pick_device(settings.device),
+        embeddings=EMBEDDINGS.read(path_to_embeddings) if path_to_embeddings else None,
     )

@@ -39,6 +39,10 @@ class Family:
         """Module path of a matrix, e.g. `model.layers.3.mlp.up_proj`."""
         return f"{self.blocks}.{block}.{role.path}"
 
+    def turned(self, layer: str) -> bool:
+        """The weight of this layer is stored as [in, out]; embedding and head never are."""
+        return self.transposed and layer.startswith(f"{self.blocks}.")
+
     def sites(self) -> dict[str, tuple[Role, ...]]:
         """Site -> the roles that read it, in the order of computation."""
         sites: dict[str, tuple[Role, ...]] = {}

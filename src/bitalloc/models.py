@@ -96,7 +96,7 @@ class Checkpoint:
 
     def weight(self, layer: str) -> torch.Tensor:
         """W_OI of a claimed matrix, float32, contiguous. Raises `BitallocError` on NaN and Inf."""
-        W_OI = _oriented(self.tensor(f"{layer}.weight"), self.family).float().contiguous()
+        W_OI = _oriented(self.tensor(f"{layer}.weight"), self.family, layer).float().contiguous()
         if not W_OI.isfinite().all():
             raise BitallocError(f"tensor {layer}.weight of {self.path} holds NaN or Inf; fetch the checkpoint again")
         return W_OI
@@ -121,8 +121,8 @@ def _open(path: Path) -> Any:
         raise BitallocError(f"{path} is truncated or not safetensors ({reason}); fetch it again") from None
 
 
-def _oriented(stored: torch.Tensor, family: Family) -> torch.Tensor:
-    return stored.T if family.transposed else stored
+def _oriented(stored: torch.Tensor, family: Family, layer: str) -> torch.Tensor:
+    return stored.T if family.turned(layer) else stored
 
 
 # ---- what the folder says of itself ------------------------------------------------------------------
@@ -214,12 +214,12 @@ def load_model(path: Path, *, device: torch.device, remote_code: bool = False) -
 def get_weight(model: nn.Module, family: Family, layer: str) -> torch.Tensor:
     """A copy of W_OI, float32, on the model's device."""
     stored = model.get_submodule(layer).weight.detach()
-    return _oriented(stored, family).to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    return _oriented(stored, family, layer).to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
 def set_weight(model: nn.Module, family: Family, layer: str, W_OI: torch.Tensor) -> None:
     """Overwrite a matrix in place; the model keeps its type and device."""
-    target_OI = _oriented(model.get_submodule(layer).weight.detach(), family)
+    target_OI = _oriented(model.get_submodule(layer).weight.detach(), family, layer)
     if target_OI.shape != W_OI.shape:
         raise ValueError(f"{layer} is {list(target_OI.shape)}, not {list(W_OI.shape)}")
     target_OI.copy_(W_OI)

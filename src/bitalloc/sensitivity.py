@@ -30,7 +30,7 @@ from bitalloc.option import Option
 from bitalloc.progress import Progress
 from bitalloc.provenance import source_digest
 from bitalloc.store import JSON, Store, digest
-from bitalloc.suites import Head, Windows, intervals
+from bitalloc.suites import Head, Windows, intervals, spread
 from bitalloc.suites.scoring import CHUNK, Batch, hidden, total
 from bitalloc.tables import SENSITIVITY
 
@@ -78,7 +78,7 @@ def sensitivity(
         path=path,
         experiments=experiments,
         option=option,
-        windows=Windows(_chosen(tokens, settings.windows), batch=batch, device=device),
+        windows=Windows(spread(tokens, settings.windows), batch=batch, device=device),
         seed=seed,
         remote_code=remote_code,
     )
@@ -101,14 +101,6 @@ def sensitivity(
         for layer in layers:
             rows.append(_row(signal, errors.loc[layer], found[layer]["kl"], windows["corpus"], seed) | {"layer": layer})
     return pd.DataFrame(rows)[[column.name for column in SENSITIVITY.columns]]
-
-
-def _chosen(tokens: pd.DataFrame, count: int) -> pd.DataFrame:
-    calibrate = tokens[tokens["split"] == "calibrate"]
-    if calibrate.empty:
-        raise BitallocError("no windows of the split calibrate: set retrieve.calibrate_windows above 0")
-    places = np.linspace(0, len(calibrate) - 1, min(count, len(calibrate))).round().astype(int)
-    return calibrate.iloc[places].reset_index(drop=True)
 
 
 def _row(signal: str, error: pd.Series, kl_W: list[float], corpus: pd.Series, seed: int) -> dict[str, Any]:
@@ -150,9 +142,7 @@ class _Bench:
 
     @cached_property
     def head(self) -> Head:
-        head = Head(self.model)
-        head.refuse(self.model, self.experiments.layers)
-        return head
+        return Head(self.model)
 
     def kl(self, layers: list[str]) -> Measured:
         """Mean KL(reference || model with one matrix at the probe) per token: sum_v p log(p / q), float32.

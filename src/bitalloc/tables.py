@@ -94,8 +94,8 @@ def verdicts(path: Path) -> list[dict]:
 _MODEL = Column("model", STR, "name in the model sheet")
 _LAYER = Column("layer", STR, "module path of the matrix")
 _PLACE = (
-    Column("block", INT, "index of the transformer block, from 0"),
-    Column("role", STR, "the matrix's role in its block, e.g. q_proj"),
+    Column("block", INT, "index of the transformer block, from 0; -1 for embedding and head"),
+    Column("role", STR, "the matrix's role in its block, e.g. q_proj; embedding or head outside"),
 )
 _OPTION = (
     Column("quantizer", STR, "member of the quantiser family; `none` = passed through"),
@@ -209,6 +209,26 @@ SENSITIVITY = Table(
         Column("lo", FLOAT, "lower end of its 95 % interval over windows", nullable=True),
         Column("hi", FLOAT, "upper end of its 95 % interval over windows", nullable=True),
         Column("rel_error", FLOAT, "rel_error of the probe option"),
+    ),
+)
+EMBEDDINGS = Table(
+    "embeddings",
+    "What the embedding and a head of its own cost at fewer bits, each measured by itself.",
+    ("model", "layer", "quantizer", "bits", "group_size", "rank"),
+    (
+        _MODEL,
+        _LAYER,
+        *_PLACE,
+        Column("kind", STR, "embedding or head"),
+        *_OPTION,
+        Column("nbytes", INT, "bytes of codes, scales and zeros as stored"),
+        Column(
+            "rel_error", FLOAT, "tr(E H E^T) / tr(W H W^T); H is that of the head's input, 1 for an embedding alone"
+        ),
+        Column("kl_nats_per_token", FLOAT, "KL to the reference with this table alone at the option"),
+        Column("lo", FLOAT, "lower end of its 95 % interval over windows"),
+        Column("hi", FLOAT, "upper end of its 95 % interval over windows"),
+        Column("key", STR, "shard in the store that holds the tensors"),
     ),
 )
 LAW = Table(
@@ -372,7 +392,7 @@ GOODHART = Table(
 TABLES = {
     table.name: table
     for table in (
-        INVENTORY, TOKENS, ITEMS, MOMENTS, SWEEP, SENSITIVITY, LAW, RESIDUALS, COSTS, PLAN, PLANS, CHECKPOINTS,
-        EXPORTS, EVALUATE, RESPONSES, GATES, GOODHART,
+        INVENTORY, TOKENS, ITEMS, MOMENTS, SWEEP, SENSITIVITY, EMBEDDINGS, LAW, RESIDUALS, COSTS, PLAN, PLANS,
+        CHECKPOINTS, EXPORTS, EVALUATE, RESPONSES, GATES, GOODHART,
     )
 }  # fmt: skip

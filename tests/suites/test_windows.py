@@ -155,11 +155,3 @@ def test_the_head_must_be_all_there_is_after_the_hidden_states() -> None:
 
     with pytest.raises(BitallocError, match="more than a linear map"):
         Head(Capped())
-
-
-@pytest.mark.parametrize("layer", ["lm_head", "model.embed_tokens"])
-def test_a_plan_may_not_touch_the_head(layer: str) -> None:
-    model = build("qwen2")
-    Head(model).refuse(model, ["model.layers.0.self_attn.q_proj"])
-    with pytest.raises(BitallocError, match=layer):
-        Head(model).refuse(model, ["model.layers.0.self_attn.q_proj", layer])

@@ -6,6 +6,7 @@ rule allocate:
         costs=routed("fit", "results/{model}/costs.{route}.parquet"),
         sensitivity="results/{model}/sensitivity.parquet",
         inventory="results/{model}/inventory.parquet",
+        embeddings=embeddings,
         verdicts=["results/{model}/gates/sweep.json", "results/{model}/gates/fit.json"],
     output:
         plans="results/{model}/candidates.parquet",

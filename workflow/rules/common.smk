@@ -152,6 +152,12 @@ def compressed_plans(wildcards):
     return [f"{strategy}-{budget_slug(budget)}" for strategy in compress.plans for budget in allocation.budgets]
 
 
+def embeddings(wildcards):
+    """Input function: what embedding and head cost, where the sweep offers them fewer than 16 bits."""
+    offered = settings(wildcards.model).sweep.embedding_bits
+    return [] if offered == [16] else f"results/{wildcards.model}/embeddings.parquet"
+
+
 @checked
 def exports(wildcards):
     """Tables of the checkpoints in the formats that the configuration names."""

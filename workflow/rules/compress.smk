@@ -7,6 +7,7 @@ rule compress:
         checkpoint="results/{model}/checkpoint.json",
         inventory="results/{model}/inventory.parquet",
         moments="results/{model}/moments.parquet",
+        embeddings=embeddings,
         plans="results/{model}/plans.parquet",
         folder="results/{model}/plans",
     output:

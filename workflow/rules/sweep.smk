@@ -63,3 +63,24 @@ rule sweep_sensitivity:
         code=code("sensitivity"),
     script:
         "../../scripts/sweep_sensitivity.py"
+
+
+rule sweep_embeddings:
+    input:
+        checkpoint="results/{model}/checkpoint.json",
+        inventory="results/{model}/inventory.parquet",
+        tokens="results/{model}/tokens.parquet",
+    output:
+        "results/{model}/embeddings.parquet",
+    log:
+        "logs/{model}/sweep_embeddings.log",
+    conda:
+        "../../envs/bitalloc.yaml"
+    threads: threads
+    resources:
+        gpu=gpu,
+    params:
+        settings=section("sensitivity", "sweep", "store", "device", "seed"),
+        code=code("embeddings"),
+    script:
+        "../../scripts/sweep_embeddings.py"

@@ -25,7 +25,7 @@ from bitalloc import families
 from bitalloc.config import Sweep
 from bitalloc.errors import BitallocError
 from bitalloc.formats.files import copy_small, replacing, write
-from bitalloc.formats.layout import METADATA, Layout, Stored, block_file, layout, matrix_tensors
+from bitalloc.formats.layout import METADATA, Layout, Stored, block_file, claim, layout, matrix_tensors
 from bitalloc.models import INDEX, Checkpoint, materialise, skeleton, working_dtype
 from bitalloc.option import Option, from_row
 from bitalloc.quant import CompressedMatrix
@@ -59,7 +59,8 @@ def save(
     """
     folder = Path(folder)
     files = layout(inventory, plan, sweep)
-    shape = inventory[inventory["claimed"]].set_index("layer")[["rows", "columns"]]
+    claimed = claim(inventory, plan["layer"])
+    shape = claimed[claimed["claimed"]].set_index("layer")[["rows", "columns"]]
     content = {
         "format": FORMAT,
         "version": VERSION,
@@ -186,7 +187,7 @@ class Reader:
         layer = name.removesuffix(".weight")
         if layer in self.plan:
             W_OI = self.matrix(layer).dequantize()
-            return W_OI.T if self.family.transposed else W_OI
+            return W_OI.T if self.family.turned(layer) else W_OI
         for file in (block_file(-1), *self.manifest["files"]):
             if name in (handle := self.open(file)).keys():  # noqa: SIM118
                 return handle.get_tensor(name)

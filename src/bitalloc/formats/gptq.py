@@ -49,6 +49,11 @@ def refuse(reader: Reader) -> None:
         raise BitallocError("gptq: no matrix of this plan has codes; use the source as it is")
     for layer, option in coded.items():
         row = reader.plan[layer]
+        if row["block"] < 0:
+            raise BitallocError(
+                f"gptq: embedding and head stay at 16 bits, {layer} has {row['bits']}; set sweep.embedding_bits to "
+                "[16], or export gguf"
+            )
         word = 32 // (1 if option.bits == 3 else option.bits)  # codes that fill 32-bit words
         if option.rank:
             raise BitallocError(

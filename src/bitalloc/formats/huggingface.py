@@ -55,6 +55,11 @@ def refuse(reader: Reader) -> None:
         if row["quantizer"] == PASS_THROUGH:
             continue
         why = None
+        if row["block"] < 0:
+            raise BitallocError(
+                f"huggingface leaves embedding and head at 16 bits, {layer} has {row['bits']}; set "
+                "sweep.embedding_bits to [16], or export gguf"
+            )
         if row["bits"] not in BITS:
             why = f"has {row['bits']} bits, which is none of {BITS}"
         elif row["columns"] % row["group_size"]:

@@ -107,9 +107,10 @@ def matrix_tensors(layer: str, rows: int, columns: int, option: Option, dtype: s
 def layout(inventory: pd.DataFrame, plan: pd.DataFrame, sweep: Sweep) -> Layout:
     """File -> its tensors, in the order in which safetensors stores them.
 
-    Raises `BitallocError` when plan and inventory do not speak of the same matrices.
+    Raises `BitallocError` when plan and inventory do not speak of the same matrices, embeddings and heads apart.
     """
     options = {row["layer"]: from_row(row, sweep) for row in plan.to_dict("records")}
+    inventory = claim(inventory, options)
     claimed = set(inventory.loc[inventory["claimed"], "layer"])
     if off := sorted(claimed ^ set(options)):
         raise BitallocError(f"plan and inventory differ in {off[0]} ({len(off)} matrices); make the plan again")
@@ -123,6 +124,15 @@ def layout(inventory: pd.DataFrame, plan: pd.DataFrame, sweep: Sweep) -> Layout:
         if tensors:
             files.setdefault(block_file(row["block"]), []).extend(tensors)
     return {file: in_order(files[file]) for file in sorted(files)}
+
+
+def claim(inventory: pd.DataFrame, layers: Iterable[str]) -> pd.DataFrame:
+    """INVENTORY in which these embeddings or heads, too, are given an option."""
+    chosen = inventory["layer"].isin(list(layers)) & inventory["tensor"].str.endswith(".weight") & ~inventory["tied"]
+    chosen &= inventory["kind"].isin(["embedding", "head"]) & ~inventory["claimed"]
+    return inventory.assign(
+        claimed=inventory["claimed"] | chosen, role=inventory["role"].mask(chosen, inventory["kind"])
+    )
 
 
 def in_order(tensors: Iterable[Stored]) -> list[Stored]:

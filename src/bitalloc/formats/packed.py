@@ -29,6 +29,7 @@ from bitalloc.formats.bitalloc import FORMAT, MANIFEST, Reader, tensors_of
 from bitalloc.formats.layout import Stored, matrix_tensors
 from bitalloc.option import Option
 from bitalloc.quant import CompressedMatrix
+from bitalloc.quant.packing import unpack
 
 AT_ONCE = 2**18  # codes; unpacking one takes about 20 bytes for the moment
 _TORCH = {"U8": torch.uint8, "I8": torch.int8, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -46,11 +47,16 @@ class Packed(nn.Module):
         self.register_parameter("bias", bias)
 
     def forward(self, x_NI: Tensor) -> Tensor:
+        y_NO = self.multiply(x_NI)
+        return y_NO if self.bias is None else y_NO + self.bias
+
+    def multiply(self, x_NI: Tensor) -> Tensor:
+        """x What^T."""
         y_NO = torch.cat([linear(x_NI, Q_OI.to(x_NI.dtype)) for Q_OI in self._quantised()], dim=-1)
         if self.option.rank:
             L_OR, R_RI = (factor.to(x_NI.dtype) for factor in self._lowrank().factors())
             y_NO = y_NO + linear(linear(x_NI, R_RI), L_OR)
-        return y_NO if self.bias is None else y_NO + self.bias
+        return y_NO
 
     def dequantize(self) -> Tensor:
         """What_OI = Q + L R, float32."""
@@ -87,6 +93,49 @@ class Packed(nn.Module):
             if tensor.dtype != before[name].dtype:
                 self._buffers[name] = before[name].to(tensor.device)
         return self
+
+
+class PackedEmbedding(Packed):
+    """The rows of What_OI that the ids name, in the type that the model computes in."""
+
+    def __init__(self, option: Option, rows: int, columns: int, stored: Sequence[Stored], dtype: torch.dtype) -> None:
+        super().__init__(option, rows, columns, stored, None)
+        self.dtype = dtype
+
+    def forward(self, ids_N: Tensor) -> Tensor:
+        rows, option, parts = ids_N.flatten(), self.option, self._buffers
+        weight = parts["weight"].view(self.rows, -1)[rows]
+        if "scale" in parts:
+            scale_OG = parts["scale"][rows]
+            zero_OG = _picked(parts["zero"], option.bits, rows, scale_OG.shape[1]) if "zero" in parts else None
+            codes_OI = unpack(weight, option.bits, self.columns)
+            weight = CompressedMatrix(option, len(rows), self.columns, codes_OI, scale_OG, zero_OG).dequantize()
+        return weight.to(self.dtype).view(*ids_N.shape, self.columns)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PackedEmbedding:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return super()._apply(fn, recurse)
+
+
+class TiedHead(nn.Module):
+    """A head that multiplies by the embedding and holds nothing of its own but a bias."""
+
+    def __init__(self, embedding: PackedEmbedding, bias: Tensor | None) -> None:
+        super().__init__()
+        self.embedding = (embedding,)  # in a tuple it is no child: its tensors are saved once
+        self.register_parameter("bias", bias)
+
+    def forward(self, x_NI: Tensor) -> Tensor:
+        y_NO = self.embedding[0].multiply(x_NI)
+        return y_NO if self.bias is None else y_NO + self.bias
+
+
+def _picked(stream: Tensor, bits: int, rows_N: Tensor, G: int) -> Tensor:
+    """uint8 [N, G]: the zeros of some rows of a stream of codes; one lies in two neighbouring bytes at most."""
+    start_NG = (rows_N[:, None] * G + torch.arange(G, device=rows_N.device)) * bits
+    low, high = start_NG // 8, (start_NG // 8 + 1).clamp(max=len(stream) - 1)
+    pair = stream[low].int() | (stream[high].int() << 8)
+    return ((pair >> (start_NG % 8)) & (2**bits - 1)).to(torch.uint8)
 
 
 @register_quantization_config(FORMAT)
@@ -126,7 +175,12 @@ class PackedQuantizer(HfQuantizer):
             half = found[f"{layer}.weight"].dtype if f"{layer}.weight" in found else "F16"
             stored = matrix_tensors(layer, rows, columns, option, "BF16" if half == "BF16" else "F16")
             promised |= {tensor.name: tensor for tensor in stored}
-            model.set_submodule(layer, Packed(option, rows, columns, stored, module.bias))
+            if isinstance(module, nn.Embedding):
+                table = PackedEmbedding(option, rows, columns, stored, module.weight.dtype)
+                model.set_submodule(layer, table)
+                _tie(model, f"{layer}.weight", table)
+            else:
+                model.set_submodule(layer, Packed(option, rows, columns, stored, module.bias))
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         wrong = {name for name, tensor in promised.items() if found.get(name) != tensor}
         wrong |= {
@@ -138,6 +192,15 @@ class PackedQuantizer(HfQuantizer):
                 f"{min(wrong)} in {model.config.name_or_path} is missing or not what config.json says "
                 f"({len(wrong)} tensors); fetch or compress the checkpoint again"
             )
+
+
+def _tie(model: nn.Module, weight: str, embedding: PackedEmbedding) -> None:
+    """Heads that are tied to the embedding read it packed; for `transformers` nothing is tied any more."""
+    heads = {target for target, source in model.all_tied_weights_keys.items() if source == weight}
+    for head in (target.removesuffix(".weight") for target in heads):
+        model.set_submodule(head, TiedHead(embedding, model.get_submodule(head).bias))
+    rest = {target: source for target, source in model.all_tied_weights_keys.items() if target not in heads}
+    model.all_tied_weights_keys = model._tied_weights_keys = rest
 
 
 def _headers(files: Sequence[Path]) -> dict[str, Stored]:

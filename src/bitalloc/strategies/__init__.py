@@ -6,6 +6,7 @@ from typing import Protocol
 
 from bitalloc.errors import BitallocError, nearest
 from bitalloc.strategies import greedy, manual, optimal, random, uniform
+from bitalloc.strategies.apart import around
 from bitalloc.strategies.instance import Choice, Instance
 
 
@@ -19,11 +20,11 @@ class Strategy(Protocol):
 
 
 STRATEGIES: dict[str, Strategy] = {
-    "uniform": uniform.uniform,
+    "uniform": around(uniform.uniform),
     "optimal": optimal.optimal,
     "bits_only": optimal.bits_only,
-    "rank_only": optimal.rank_only,
-    "manual": manual.manual,
+    "rank_only": around(optimal.rank_only),
+    "manual": around(manual.manual),
     "greedy": greedy.greedy,
     "random": random.random,
 }

@@ -25,7 +25,8 @@ class Instance:
 
     `costs_NK` is infinite where a matrix does not offer an option; such an entry then counts as many bytes as the
     matrix's largest option, so that it never wins and never widens the range of reachable bytes. `efficient_NK` is
-    `costs_NK` with infinity also where another option of the matrix is no worse in bytes and cost.
+    `costs_NK` with infinity also where another option of the matrix is no worse in bytes and cost. `apart_N` marks
+    what has options of its own, an embedding or a head, and keeps out of rules for all matrices.
 
     Raises `BitallocError` for a cost that is NaN or negative and for a matrix without options.
     """
@@ -35,9 +36,12 @@ class Instance:
     weights_N: NDArray[np.int64]
     nbytes_NK: NDArray[np.int64]
     costs_NK: NDArray[np.float64]
+    apart_N: NDArray[np.bool_] = field(default=None)  # type: ignore[assignment] - none
     efficient_NK: NDArray[np.float64] = field(init=False)
 
     def __post_init__(self) -> None:
+        if self.apart_N is None:
+            object.__setattr__(self, "apart_N", np.zeros(len(self.layers), dtype=bool))
         offered_NK = np.isfinite(self.costs_NK)
         if np.isnan(self.costs_NK).any() or (self.costs_NK < 0).any():
             i, k = np.argwhere(~(self.costs_NK >= 0))[0]
@@ -90,6 +94,13 @@ class Instance:
         """The plan of fewest bytes; among options of equal bytes the cheapest."""
         return np.where(np.isfinite(self.efficient_NK), self.nbytes_NK, np.iinfo(np.int64).max).argmin(axis=1)
 
+    def without_apart(self) -> Instance:
+        """The problem of the matrices that rules for all speak of."""
+        kept_N = ~self.apart_N
+        layers = tuple(layer for layer, kept in zip(self.layers, kept_N, strict=True) if kept)
+        parts = self.weights_N[kept_N], self.nbytes_NK[kept_N], self.costs_NK[kept_N]
+        return Instance(layers, self.options, *parts)
+
     def restricted(self, allowed_K: NDArray[np.bool_]) -> Instance:
         """The same problem with only some of the options; indices keep their meaning."""
         return dataclasses.replace(self, costs_NK=np.where(allowed_K, self.costs_NK, np.inf))
@@ -111,7 +122,8 @@ class Instance:
             return total
 
         layers = tuple(self.layers[i] for i in first_U)
-        return Instance(layers, self.options, summed(self.weights_N), summed(self.nbytes_NK), summed(self.costs_NK))
+        parts = summed(self.weights_N), summed(self.nbytes_NK), summed(self.costs_NK), self.apart_N[first_U]
+        return Instance(layers, self.options, *parts)
 
     def reach(self, rest: int = 0) -> str:
         """The reachable sizes, for error messages; `rest` bytes are added to both ends."""

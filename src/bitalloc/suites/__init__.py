@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from bitalloc.suites import divergence, perplexity, world
-from bitalloc.suites.scoring import Head, Responses, Scored, Windows
+from bitalloc.suites.scoring import Head, Responses, Scored, Windows, spread
 
 Suite = Callable[[Scored], Responses]
 
@@ -15,4 +15,4 @@ SUITES: dict[str, Suite] = {
     "world": world.responses,
 }
 
-__all__ = ["SUITES", "Head", "Responses", "Scored", "Suite", "Windows"]
+__all__ = ["SUITES", "Head", "Responses", "Scored", "Suite", "Windows", "spread"]

@@ -1,14 +1,15 @@
 """Scores of next tokens from final hidden states: what every suite measures with.
 
 A forward pass of the model without its head is the expensive part, so it is made once and serves all suites
-that read the same tokens. The head stays unquantised, hence the reference's log-probabilities can be had
-again, exactly, from its cached hidden states: no tensor of [tokens, vocabulary] is ever kept.
+that read the same tokens. The reference's log-probabilities can be had again, exactly, from its head and its cached
+hidden states: no tensor of [tokens, vocabulary] is ever kept.
 
 Legend: B sequences of a batch, T tokens of a sequence, D hidden width, V vocabulary, N scored positions.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -86,10 +87,8 @@ class Head:
     """
 
     def __init__(self, model: Any) -> None:
-        module = model.get_output_embeddings()
-        self.module, self.inputs = module, model.get_input_embeddings()
-        self.weight_VD = module.weight.detach().float()
-        self.bias_V = None if getattr(module, "bias", None) is None else module.bias.detach().float()
+        self.module = module = model.get_output_embeddings()
+        self.refresh()
         probe = torch.arange(min(8, len(self.weight_VD)), device=self.weight_VD.device)[None]
         with torch.inference_mode():
             h_ND = model.base_model(input_ids=probe, use_cache=False).last_hidden_state[0].float()
@@ -101,23 +100,29 @@ class Head:
                 "its logits cannot be scored yet: teach bitalloc/suites/scoring.py"
             )
 
+    def refresh(self) -> None:
+        """Take the weights that the model has now."""
+        bias = getattr(self.module, "bias", None)
+        self.weight_VD = self.module.weight.detach().float()
+        self.bias_V = None if bias is None else bias.detach().float()
+
+    def fixed(self) -> Head:
+        """The head as it is now, whatever becomes of the model's."""
+        kept = copy.copy(self)
+        kept.weight_VD = self.weight_VD.clone()
+        return kept
+
     def logits(self, h_ND: torch.Tensor) -> torch.Tensor:
         return F.linear(h_ND, self.weight_VD, self.bias_V)
 
-    def refuse(self, model: Any, layers: Iterable[str]) -> None:
-        """Raise when a plan touches the head or what is tied to it: the cached reference would be wrong."""
-        kept = {name for name, module in model.named_modules() if module is self.module or module is self.inputs}
-        if touched := sorted(kept.intersection(layers)):
-            raise BitallocError(
-                f"a plan quantises {touched[0]}: take it out, the head and embeddings are not scored so"
-            )
 
-
-def compare(head: Head, batch: Batch, h_ND: torch.Tensor, reference_ND: torch.Tensor | None) -> dict[str, torch.Tensor]:
+def compare(
+    head: Head, batch: Batch, h_ND: torch.Tensor, reference_ND: torch.Tensor | None, reference_head: Head | None = None
+) -> dict[str, torch.Tensor]:
     """Scores of every position: `nll` (nats), `greedy` (the target is the argmax), `kl` (nats) and `top1`.
 
     nll = -log q(target). kl = sum_v p(v) (log p(v) - log q(v)), the reference's p over the full vocabulary;
-    top1 = both have the same argmax. The last two need the reference's hidden states.
+    top1 = both have the same argmax. The last two need the reference's hidden states, and its head where that differs.
     """
     found: dict[str, list[torch.Tensor]] = {}
     size, device = max(1, CHUNK // len(head.weight_VD)), head.weight_VD.device
@@ -130,7 +135,7 @@ def compare(head: Head, batch: Batch, h_ND: torch.Tensor, reference_ND: torch.Te
             "greedy": (best == batch.target_N[span]).float(),
         }
         if reference_ND is not None:
-            log_p = head.logits(reference_ND[span].to(device)).log_softmax(-1)
+            log_p = (reference_head or head).logits(reference_ND[span].to(device)).log_softmax(-1)
             scores["top1"] = (best == log_p.argmax(-1)).float()
             scores["kl"] = (log_p.exp() * log_q.neg_().add_(log_p)).sum(-1)
         for name, score_N in scores.items():
@@ -178,12 +183,17 @@ class Windows:
 
     @torch.inference_mode()
     def scores(
-        self, head: Head, hidden: Iterable[torch.Tensor], reference: Sequence[torch.Tensor] | None = None
+        self,
+        head: Head,
+        hidden: Iterable[torch.Tensor],
+        reference: Sequence[torch.Tensor] | None = None,
+        reference_head: Head | None = None,
     ) -> pd.DataFrame:
         """Mean `nll`, and `kl` and `top1` where a reference is given, with `tokens` scored, one row a window."""
         sums: dict[str, np.ndarray] = {}
         for place, (batch, h_ND) in enumerate(zip(self.batches, hidden, strict=True)):
-            scores = compare(head, batch, h_ND, None if reference is None else reference[place])
+            before_ND = None if reference is None else reference[place]
+            scores = compare(head, batch, h_ND, before_ND, reference_head)
             for name, score_N in {**scores, "tokens": torch.ones_like(scores["nll"])}.items():
                 sums[name] = sums.get(name, 0) + total(score_N, batch.owner_N, len(self.frame))
         count = sums.pop("tokens")
@@ -195,6 +205,15 @@ class Windows:
         item = self.frame["window"].astype("int64")
         columns = {"suite": suite, "task": task, "metric": metric, "item": item, "group": self.frame["corpus"]}
         return pd.DataFrame({**columns, "value": value, "weight": weight.astype("float64")})
+
+
+def spread(tokens: pd.DataFrame, count: int) -> pd.DataFrame:
+    """`count` windows of the split calibrate, evenly over it: what sensitivities are measured on."""
+    calibrate = tokens[tokens["split"] == "calibrate"]
+    if calibrate.empty:
+        raise BitallocError("no windows of the split calibrate: set retrieve.calibrate_windows above 0")
+    places = np.linspace(0, len(calibrate) - 1, min(count, len(calibrate))).round().astype(int)
+    return calibrate.iloc[places].reset_index(drop=True)
 
 
 def total(score_N: torch.Tensor, owner_N: torch.Tensor, owners: int) -> np.ndarray:
@@ -213,8 +232,8 @@ def _last(tokens: list[int], count: int, owner: int) -> Reading:
 class Scored:
     """A model in one state, and what the suites read with it.
 
-    `reference` are the cached hidden states of the unquantised model over `windows`; `own` those of this
-    model, where they are known already.
+    `reference` are the cached hidden states of the unquantised model over `windows`, `reference_head` its head where
+    plans have others; `own` are the hidden states of this model, where they are known already.
     """
 
     model: Any
@@ -223,12 +242,13 @@ class Scored:
     items: pd.DataFrame
     reference: Sequence[torch.Tensor] | None = None
     own: Sequence[torch.Tensor] | None = None
+    reference_head: Head | None = None
 
     @cached_property
     def scores(self) -> pd.DataFrame:
         """Scores of every window: one forward pass, shared by the suites."""
         own = self.own or (hidden(self.model, batch) for batch in self.windows.batches)
-        return self.windows.scores(self.head, own, self.reference)
+        return self.windows.scores(self.head, own, self.reference, self.reference_head)
 
 
 Responses = tuple[pd.DataFrame, dict[str, str]]  # rows of RESPONSES without `plan`, and task -> protocol
