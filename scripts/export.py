@@ -38,7 +38,14 @@ def main(
     )
     budget = plans.loc[plans["plan"] == names["plan"], "budget"].item()
     most = limit(budget, INVENTORY.read(inputs["inventory"]))
-    row = export(inputs["folder"], target, name=name, card=lambda nbytes: text(nbytes=nbytes), limit=most)
+    row = export(
+        inputs["folder"],
+        target,
+        name=name,
+        card=lambda nbytes: text(nbytes=nbytes),
+        limit=most,
+        k_quants=settings.export.k_quants,
+    )
     EXPORTS.write(row, path_to_table, verdicts=verdicts(inputs["plans"]))
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from bitalloc.errors import BitallocError, nearest
 from bitalloc.families import FAMILIES, FUSED
@@ -99,7 +99,8 @@ class Allocate(Section):
     budgets: list[str] = Field(
         ["uniform 2b", "2.6bpw", "uniform 3b"],
         description="`8GB`/`8GiB` for the whole checkpoint, `2.6bpw` over the claimed matrices, `uniform 3b g64 r8`, "
-        "`24GB context 8192 batch 1` for a card that also holds cache and activations",
+        "`24GB context 8192 batch 1` for a card that also holds cache and activations, or as a mapping: "
+        "`fits: {memory: 24GB, context: 8192, batch: 1}`",
     )
     strategies: list[str] = Field(
         ["uniform", "optimal", "bits_only", "rank_only", "manual", "greedy"], description="members of the family"
@@ -114,6 +115,28 @@ class Allocate(Section):
     pool: Annotated[int, Field(ge=0)] = Field(20, description="random plans for each budget")
     pool_slack: Share = Field(0.01, description="share of the budget that a random plan may leave unused")
 
+    @field_validator("budgets", mode="before")
+    @classmethod
+    def _spelled(cls, budgets: Any) -> Any:
+        """A mapping `fits` as the line that it stands for."""
+        return [_fits(budget) for budget in budgets] if isinstance(budgets, list) else budgets
+
+
+def _fits(budget: Any) -> Any:
+    """
+    >>> _fits({"fits": {"memory": "24GB", "context": 8192}})
+    '24GB context 8192'
+    """
+    if not isinstance(budget, dict):
+        return budget
+    if set(budget) == {"fits"} and isinstance(budget["fits"], dict):
+        card = budget["fits"]
+        if set(card) <= {"memory", "context", "batch"} and "memory" in card and ("context" in card or len(card) == 1):
+            return " ".join(
+                [str(card["memory"]), *(f"{name} {card[name]}" for name in ("context", "batch") if name in card)]
+            )
+    raise ValueError("write a budget as 8GB, 2.6bpw, uniform 3b, or fits: {memory: 24GB, context: 8192, batch: 1}")
+
 
 class Compress(Section):
     plans: list[str] = Field(["best"], description="strategies whose plans are written as checkpoints, at every budget")
@@ -121,6 +144,9 @@ class Compress(Section):
 
 class Export(Section):
     formats: list[str] = Field([], description="formats in which the checkpoints of compress.plans are exported")
+    k_quants: bool = Field(
+        False, description="gguf: smaller types for what is rounded anew, by llama-cpp-python, which must be installed"
+    )
 
 
 class Evaluate(Section):

@@ -19,7 +19,7 @@ import re
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -118,10 +118,14 @@ def refuse(reader: Reader) -> None:
 def nbytes(reader: Reader, *, k_quants: bool = False) -> int:
     """Exact bytes of the file that `save` will write."""
     refuse(reader)
-    with TemporaryDirectory() as folder:
-        with closing(_begin(reader, Path(folder) / "header", list(_entries(reader, k_quants)))) as writer:
-            infos = list(writer.tensors[0].values())
-        header = (Path(folder) / "header").stat().st_size
+    try:
+        with TemporaryDirectory() as folder:
+            with closing(_begin(reader, Path(folder) / "header", list(_entries(reader, k_quants)))) as writer:
+                infos = list(writer.tensors[0].values())
+            header = (Path(folder) / "header").stat().st_size
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise BitallocError(f"cannot write a header to {gettempdir()}: {reason}; free space, then rerun") from None
     return _padded(header) + sum(_padded(info.nbytes) for info in infos)
 
 
