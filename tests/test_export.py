@@ -7,18 +7,28 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
+import torch
 
-from bitalloc.config import Sweep
+from bitalloc.allocate import allocate
+from bitalloc.config import Sweep, parse
 from bitalloc.errors import BitallocError
 from bitalloc.export import FORMATS, export
-from bitalloc.option import Option
+from bitalloc.formats import gguf
+from bitalloc.formats.bitalloc import Reader
+from bitalloc.option import Option, options
 from tests.formats.test_bitalloc import save
 from tests.formats.test_gptq import wide
 from tests.small import small
 
 EVERY = pytest.mark.parametrize("name", list(FORMATS))
 SWEEP = Sweep(quantizers=["rtn"], bits=[4], group_sizes=[32], ranks=[0])
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> None:
+    torch.set_num_threads(2)
 
 
 @pytest.fixture
@@ -76,3 +86,45 @@ def test_a_disk_that_takes_no_more_is_one_line_and_nothing_stays(name: str, chec
     assert f"cannot write {tmp_path / 'target'}" in line and "free space" in line
     assert "Traceback" not in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plan", "source", "store", "wide"]
+
+
+# ---- budgets in the bytes of a format ------------------------------------------------------------------
+def planned(folder: Path, name: str, budget: str) -> tuple[pd.Series, Reader]:
+    """The optimal plan of a random model for a budget in the bytes of the format, and its checkpoint."""
+    sweep = {"quantizers": ["rtn"], "bits": [2, 4, 8], "group_sizes": [32], "ranks": [0, 2], "iterations": 0}
+    bench = small("llama", folder, sweep=Sweep(**sweep), source=wide("llama", folder / "wide", hidden=64))
+    config = parse({"sweep": sweep, "allocate": {"budgets": [budget], "pool": 1, "format": name}})
+    errors = bench.experiments.rows(bench.layers, options(config.sweep))
+    sensitivity = errors.drop_duplicates("layer").assign(signal="kl", coefficient=range(1, len(bench.layers) + 1))
+    plans, frames = allocate(errors.assign(source="measured"), sensitivity, bench.inventory, config)
+    row = plans[plans["strategy"] == "optimal"].iloc[0]
+    assert row["nbytes"] == frames[row["plan"]]["nbytes"].sum()
+    save(bench, folder / "plan", frames[row["plan"]])
+    return row, Reader(folder / "plan")
+
+
+@pytest.mark.parametrize("name", ["huggingface", "gptq"])
+def test_an_export_fills_the_budget_that_was_counted_in_its_bytes(name: str, tmp_path: Path) -> None:
+    budget = 360_000  # the embedding and the head take 262,144
+    row, _ = planned(tmp_path, name, str(budget))
+    nbytes = int(export(tmp_path / "plan", tmp_path / "target", name=name, limit=budget)["nbytes"].item())
+    # but for what the allocation left, only the header entries of tensors that a matrix may have are in reserve
+    assert 0 <= budget - nbytes - (row["budget_bytes"] - row["nbytes"]) < 500 * 21
+    assert row["budget_bytes"] - row["nbytes"] < 0.02 * budget
+
+
+def test_gguf_bytes_are_those_of_its_types(tmp_path: Path) -> None:
+    row, reader = planned(tmp_path, "gguf", "5.2bpw")
+    weights = {f"{layer}.weight": plan["rows"] * plan["columns"] for layer, plan in reader.plan.items()}
+    bits = {**gguf.BITS, "F16": 16.0}
+    assert row["nbytes"] == sum(
+        weights[entry.source] * bits[entry.type] / 8 for entry in gguf._entries(reader) if entry.source in weights
+    )
+    assert row["bits_per_weight"] <= 5.2
+
+
+def test_a_format_that_has_no_place_for_rank_is_not_offered_any(tmp_path: Path) -> None:
+    _, reader = planned(tmp_path, "gptq", "4.5bpw")
+    assert not any(plan["rank"] for plan in reader.plan.values())
+    with pytest.raises(BitallocError, match="gptq has no place for rtn-4b-g32-r2; leave the rank out"):
+        planned(tmp_path / "again", "gptq", "uniform 4b r2")

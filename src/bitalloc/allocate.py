@@ -20,9 +20,11 @@ import yaml
 from numpy.typing import NDArray
 
 from bitalloc.config import Allocate, Bits, Config, Sweep, parse_bytes
-from bitalloc.errors import BitallocError
+from bitalloc.errors import BitallocError, nearest
 from bitalloc.families import FUSED
-from bitalloc.formats.layout import checkpoint_nbytes, claim, rest_nbytes
+from bitalloc.formats.carried import CARRIED, carries, rest_nbytes
+from bitalloc.formats.carried import nbytes as carried_nbytes
+from bitalloc.formats.layout import checkpoint_nbytes, claim
 from bitalloc.option import PASS_THROUGH, Option
 from bitalloc.strategies import Choice, Instance, random, strategy
 from bitalloc.strategies.optimal import Solution, gap, solve
@@ -77,7 +79,9 @@ def build(
     for name, layers in (("costs", set(costs["layer"])), (f"sensitivity by {signal}", set(coefficient.index))):
         if off := sorted(layers ^ set(claimed.index)):
             raise BitallocError(f"{name} and inventory differ in {off[0]} ({len(off)} matrices); repeat that stage")
-    sweep = config.sweep
+    sweep, form = config.sweep, config.format
+    if form not in CARRIED:
+        raise BitallocError(f"unknown format {form!r} in export.formats: {nearest(form, CARRIED)}")
     costs = costs.assign(cost=costs["layer"].map(coefficient).to_numpy() * costs["rel_error"].to_numpy())
     if embeddings is not None:
         costs = pd.concat([costs, embeddings.assign(cost=embeddings["kl_nats_per_token"])], ignore_index=True)
@@ -90,20 +94,21 @@ def build(
     )
     column = {(o.quantizer, o.bits, o.group_size, o.rank): k for k, o in enumerate(options)}
     row = {layer: i for i, layer in enumerate(claimed.index)}
+    apart_N = claimed["kind"].isin(["embedding", "head"]).to_numpy()
     i = costs["layer"].map(row).to_numpy()
     k = np.array([column[place] for place in costs[_OPTION].itertuples(index=False, name=None)])
     nbytes_NK = np.zeros((len(row), len(options)), dtype=np.int64)
     costs_NK = np.full(nbytes_NK.shape, np.inf)
-    nbytes_NK[i, k] = costs["nbytes"]
-    costs_NK[i, k] = costs["cost"]
-    for layer, rows, columns, option, nbytes in zip(
-        costs["layer"], *(claimed[side].loc[costs["layer"]] for side in ("rows", "columns")), k, costs["nbytes"],
-        strict=True,
-    ):  # fmt: skip
-        if options[option].nbytes(rows, columns) != nbytes:
-            raise BitallocError(f"{layer} at {options[option].name}: costs and configuration differ in bytes; resweep")
-    weights_N = (claimed["rows"] * claimed["columns"]).to_numpy(dtype=np.int64)
-    apart_N = claimed["kind"].isin(["embedding", "head"]).to_numpy()
+    sides = claimed[["rows", "columns"]].to_numpy()
+    for matrix, place, nbytes, cost in zip(i, k, costs["nbytes"], costs["cost"], strict=True):
+        option = options[place]
+        if option.nbytes(*sides[matrix]) != nbytes:
+            layer = claimed.index[matrix]
+            raise BitallocError(f"{layer} at {option.name}: costs and configuration differ in bytes; resweep")
+        if carries(form, option, table=apart_N[matrix]):
+            nbytes_NK[matrix, place] = carried_nbytes(form, option, *sides[matrix])
+            costs_NK[matrix, place] = cost
+    weights_N = sides.prod(axis=1, dtype=np.int64)
     return Instance(tuple(row), tuple(options), weights_N, nbytes_NK, costs_NK, apart_N)
 
 
@@ -146,16 +151,18 @@ def serving_nbytes(inventory: pd.DataFrame, context: int, batch: int) -> int:
     return batch * (2 * context * (cached + widest) + 4 * vocabulary)
 
 
-def parse_budget(text: str, instance: Instance, inventory: pd.DataFrame, sweep: Sweep) -> Budget:
+def parse_budget(
+    text: str, instance: Instance, inventory: pd.DataFrame, sweep: Sweep, form: str = "bitalloc"
+) -> Budget:
     """Bytes for the claimed matrices of "8GB" / "8GiB" (whole checkpoint), "2.6bpw" or "uniform 3b g64 r8".
 
     "24GB context 8192 batch 2" is the memory of a card that also serves: see `serving_nbytes`. A uniform budget
-    without g takes the first group size of the sweep, without r no low-rank part. Raises `BitallocError` for what
-    cannot be read, for less than the smallest plan and for more than the largest.
+    without g takes the first group size of the sweep, without r no low-rank part. All bytes are those of `form`.
+    Raises `BitallocError` for what cannot be read, for less than the smallest plan and for more than the largest.
     """
     clean = " ".join(text.split())
     if match := _UNIFORM.fullmatch(clean):
-        budget = _uniform_budget(text, match, inventory, sweep)
+        budget = _uniform_budget(text, match, inventory, sweep, form=form)
     elif match := _BPW.fullmatch(clean):
         budget = Budget(text, math.floor(Fraction(match[1]) * int(instance.weights_N.sum()) / 8))
     else:
@@ -165,7 +172,7 @@ def parse_budget(text: str, instance: Instance, inventory: pd.DataFrame, sweep: 
             raise BitallocError(
                 f"budget {text!r}: {error}; or 2.6bpw, or uniform 3b g64 r8, or 24GB context 8192 batch 1"
             ) from None
-        rest = rest_nbytes(inventory, instance.options, sweep)
+        rest = rest_nbytes(inventory, instance.options, sweep, form)
         budget = Budget(text, total - rest, rest)
     asked = f"budget {text} = {budget.nbytes + budget.rest:,} bytes"
     if budget.rest:
@@ -177,7 +184,7 @@ def parse_budget(text: str, instance: Instance, inventory: pd.DataFrame, sweep: 
     return budget
 
 
-def _uniform_budget(text: str, match: re.Match, inventory: pd.DataFrame, sweep: Sweep) -> Budget:
+def _uniform_budget(text: str, match: re.Match, inventory: pd.DataFrame, sweep: Sweep, *, form: str) -> Budget:
     bits, group_size, rank = int(match[1]), int(match[2] or sweep.group_sizes[0]), int(match[3] or 0)
     if bits not in get_args(Bits):
         raise BitallocError(f"budget {text!r}: no code has {bits} bits; valid: {', '.join(map(str, get_args(Bits)))}")
@@ -189,7 +196,11 @@ def _uniform_budget(text: str, match: re.Match, inventory: pd.DataFrame, sweep: 
     widest = max(sweep.embedding_bits)
     table = Option(PASS_THROUGH, 16, 0, 0) if widest == 16 else replace(option, bits=widest, rank=0)
     shapes = zip(matrices["rows"], matrices["columns"], tables, strict=True)
-    total = sum((table if apart else option).nbytes(int(rows), int(columns)) for rows, columns, apart in shapes)
+    if not carries(form, option):
+        raise BitallocError(f"budget {text!r}: {form} has no place for {option.name}; leave the rank out")
+    total = sum(
+        carried_nbytes(form, table if apart else option, int(rows), int(columns)) for rows, columns, apart in shapes
+    )
     return Budget(text, total, option=option)
 
 
@@ -209,10 +220,11 @@ def allocate(
     settings = config.allocate
     whole = build(costs, sensitivity, inventory, config, embeddings)
     inventory = claim(inventory, whole.layers)
-    place = inventory[inventory["claimed"]][["layer", "block", "role"]].reset_index(drop=True)
+    place = inventory[inventory["claimed"]][["layer", "block", "role", "kind"]].reset_index(drop=True)
+    place["role"] = place["role"].mask(place["role"] == "", place.pop("kind"))  # embedding and head play their own
     unit_N = units(place, config.fuse)
     instance = whole.fused(unit_N)
-    budgets = [parse_budget(text, instance, inventory, config.sweep) for text in settings.budgets]
+    budgets = [parse_budget(text, instance, inventory, config.sweep, config.format) for text in settings.budgets]
     if twice := [b.text for b in budgets if [c.slug for c in budgets].count(b.slug) > 1]:
         raise BitallocError(f"allocate.budgets names {twice[0]!r} twice; remove one")
     for name in settings.strategies:

@@ -102,6 +102,9 @@ class Allocate(Section):
         "`24GB context 8192 batch 1` for a card that also holds cache and activations, or as a mapping: "
         "`fits: {memory: 24GB, context: 8192, batch: 1}`",
     )
+    format: Literal["bitalloc", "huggingface", "gptq", "gguf"] | None = Field(
+        None, description="the format whose bytes the budgets count; null: the first of export.formats, else bitalloc"
+    )
     strategies: list[str] = Field(
         ["uniform", "optimal", "bits_only", "rank_only", "manual", "greedy"], description="members of the family"
     )
@@ -281,6 +284,11 @@ class Config(Section):
         if self.allocate.fuse is not None:
             return list(self.allocate.fuse)
         return list(FUSED) if "huggingface" in self.export.formats else []
+
+    @property
+    def format(self) -> str:
+        """The format whose bytes budgets count."""
+        return self.allocate.format or next(iter(self.export.formats), "bitalloc")
 
     def for_model(self, name: str) -> Config:
         """This configuration with the model's own settings laid over it."""

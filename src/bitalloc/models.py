@@ -27,6 +27,25 @@ PANEL = 512  # rows of H_II
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
+def _settle() -> None:
+    """Call every elementwise function of the maths library once, on one number.
+
+    The first call chooses the code. Where several threads make it at once, one of them may get the code of low accuracy
+    and compute its share of the tensor with errors of 1e-4: cos and sin of the positions, say, once in some hundred
+    processes on a busy machine (pytorch issue 188792; docs/LOG.md).
+    """
+    names = (
+        "acos asin atan ceil cos cosh erf erfc erfinv exp expm1 floor lgamma log log10 log1p log2 round rsqrt sigmoid"
+    )
+    for dtype in (torch.float32, torch.float64):
+        half = torch.full((1,), 0.5, dtype=dtype)
+        for name in f"{names} sin sinh sqrt tan tanh trunc".split():
+            getattr(torch, name)(half)
+
+
+_settle()  # every process that has a checkpoint or experiments imports this module before it computes
+
+
 class Checkpoint:
     """Lazy reader of a folder of safetensors, one file or several with an index.
 

@@ -291,7 +291,7 @@ PLANS = Table(
         Column("plan", STR, "name: <strategy>-<budget>, with a serial number in the random pool"),
         Column("strategy", STR, "member of the strategy family"),
         Column("budget", STR, "as the configuration states it"),
-        Column("budget_bytes", INT, "bytes that the claimed matrices may take"),
+        Column("budget_bytes", INT, "bytes that the claimed matrices may take, in the format that budgets count"),
         Column("nbytes", INT, "bytes that they take"),
         Column("bits_per_weight", FLOAT, "8 nbytes / weights of the claimed matrices"),
         Column("checkpoint_nbytes", INT, "predicted bytes of the whole checkpoint on disk"),

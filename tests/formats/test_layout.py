@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 
 from bitalloc.config import Sweep
 from bitalloc.errors import BitallocError
-from bitalloc.formats.layout import METADATA, checkpoint_nbytes, header, layout, matrix_tensors, nbytes, rest_nbytes
+from bitalloc.formats.carried import rest_nbytes
+from bitalloc.formats.layout import METADATA, checkpoint_nbytes, header, layout, matrix_tensors, nbytes
 from bitalloc.option import Option
 
 TORCH = {

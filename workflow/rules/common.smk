@@ -19,9 +19,8 @@ from bitalloc.option import options
 from bitalloc.store import Store
 from bitalloc.sweep import units
 
-# left alone, the maths library lets the last digits of a product depend on how many threads it finds free
+# the maths library takes fewer threads on a busy machine unless told not to, and then last digits differ
 os.environ.setdefault("MKL_DYNAMIC", "FALSE")
-os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 PRODUCTS = ["goodhart.png", "report.md", "sensitivity.png", "errors.png", "law.png"]
 

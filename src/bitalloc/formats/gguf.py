@@ -27,16 +27,13 @@ import torch
 
 from bitalloc.errors import BitallocError
 from bitalloc.formats.bitalloc import Reader
+from bitalloc.formats.carried import BITS, BLOCK, coded, through
 from bitalloc.formats.files import replacing_file
-from bitalloc.option import PASS_THROUGH, Option, from_row
+from bitalloc.option import PASS_THROUGH, from_row
 from bitalloc.quant import CompressedMatrix
 from bitalloc.store import write_atomically
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
-BLOCK = 32
-BITS = {"Q4_0": 4.5, "Q4_1": 5.0, "Q5_0": 5.5, "Q5_1": 6.0, "Q8_0": 8.5}  # bits a weight, scales counted
-K_BITS = {"Q2_K": 2.625, "Q3_K": 3.4375, "Q4_K": 4.5, "Q5_K": 5.5, "Q6_K": 6.5625, "Q8_0": 8.5}
-K_BLOCK = 256
 _FLOATS = ("F32", "F16", "BF16")
 _INSTEAD = "the native checkpoint carries it"
 
@@ -58,42 +55,6 @@ class Entry(NamedTuple):
     source: str
     type: str
     shape: tuple[int, ...]
-
-
-# ---- which type ---------------------------------------------------------------------------------------
-def through(option: Option, columns: int) -> str | None:
-    """The type that holds the codes of this option as they are, if there is one.
-
-    >>> through(Option("gptq", 3, 64, 0), 128), through(Option("gptq", 4, 32, 0), 128)
-    ('Q4_0', 'Q4_1')
-    >>> through(Option("gptq", 8, 32, 0, symmetric=True), 128), through(Option("gptq", 3, 64, 8), 128)
-    ('Q8_0', None)
-    """
-    if option.quantizer == PASS_THROUGH or option.rank or option.group_size % BLOCK or columns % BLOCK:
-        return None
-    return {2: "Q4_0", 3: "Q4_0", 4: "Q4_0" if option.symmetric else "Q4_1", 8: "Q8_0" if option.symmetric else None}[
-        option.bits
-    ]
-
-
-def coded(option: Option, rows: int, columns: int, *, k_quants: bool = False) -> str:
-    """The type of a matrix that is not passed through: that of its codes, else the nearest above its bits a weight.
-
-    Rows that are no multiple of 32 long fit no quantised type: F16. K-quants take multiples of 256, and codes go
-    through only where that takes no more.
-
-    >>> coded(Option("gptq", 4, 128, 32), 1024, 1024), coded(Option("gptq", 2, 32, 0), 64, 172)
-    ('Q4_1', 'F16')
-    >>> coded(Option("gptq", 2, 128, 0), 1024, 1024), coded(Option("gptq", 2, 128, 0), 1024, 1024, k_quants=True)
-    ('Q4_0', 'Q2_K')
-    """
-    if columns % BLOCK:
-        return "F16"
-    types = K_BITS if k_quants and columns % K_BLOCK == 0 else BITS
-    paid = 8 * option.nbytes(rows, columns) / (rows * columns)
-    nearest = next((name for name, bits in types.items() if bits >= paid), "Q8_0")
-    exact = through(option, columns)
-    return exact if exact and (types is BITS or BITS[exact] <= types[nearest]) else nearest
 
 
 # ---- the protocol of formats --------------------------------------------------------------------------

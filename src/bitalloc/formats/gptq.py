@@ -26,6 +26,7 @@ import torch
 
 from bitalloc.errors import BitallocError
 from bitalloc.formats.bitalloc import MANIFEST, Reader
+from bitalloc.formats.carried import gptq_tensors
 from bitalloc.formats.files import copy_small, replacing, write
 from bitalloc.formats.layout import Stored, header
 from bitalloc.models import read_config
@@ -126,13 +127,7 @@ def _tensors(reader: Reader) -> list[Stored]:
             dtype = "BF16" if reader.matrix(layer).weight_OI.dtype == torch.bfloat16 else "F16"
             tensors.append(Stored(f"{layer}.weight", dtype, (rows, columns)))
             continue
-        bits, groups = coded[layer].bits, -(-columns // coded[layer].group_size)
-        tensors += [
-            Stored(f"{layer}.qweight", "I32", (columns * bits // 32, rows)),
-            Stored(f"{layer}.qzeros", "I32", (groups, rows * bits // 32)),
-            Stored(f"{layer}.scales", "F16", (groups, rows)),
-            Stored(f"{layer}.g_idx", "I32", (columns,)),
-        ]
+        tensors += gptq_tensors(layer, rows, columns, coded[layer])
     return tensors
 
 

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from bitalloc.errors import BitallocError
 from bitalloc.formats.bitalloc import MANIFEST, Reader
+from bitalloc.formats.carried import LORA, compressed_tensors, index, lora_tensors
 from bitalloc.formats.files import copy_small, replacing, write
 from bitalloc.formats.layout import Layout, Stored, block_file, in_order, matrix_tensors
 from bitalloc.formats.layout import nbytes as nbytes_of
@@ -39,7 +40,6 @@ from bitalloc.store import write_atomically
 
 FAMILIES = ("llama", "qwen2", "mistral")
 METADATA = {"format": "pt"}
-LORA = "base_model.model."  # before the names that peft gives
 ADAPTER = "adapter/adapter_model.safetensors"
 BITS = (2, 3, 4, 8)
 INDEX = "model.safetensors.index.json"
@@ -83,36 +83,20 @@ def layout(reader: Reader) -> Layout:
         kept = [stored for stored in reader.stored(file) if stored.name not in packed]
         mine = {layer: row for layer, row in coded.items() if block_file(row["block"]) == file}
         made = [
-            stored for layer, row in mine.items() for stored in _matrix_tensors(layer, row, reader.options.symmetric)
+            stored
+            for layer, row in mine.items()
+            for stored in compressed_tensors(layer, row["rows"], row["columns"], from_row(row, reader.options))
         ]
         files[f"model-{place:05d}-of-{len(native):05d}.safetensors"] = in_order(kept + made)
-        ranked = {layer: row for layer, row in mine.items() if row["rank"]}
-        adapter += [s for layer, row in ranked.items() for s in _lora_tensors(layer, row, reader.options.factor_bits)]
+        for layer, row in mine.items():
+            adapter += lora_tensors(layer, row["rows"], row["columns"], from_row(row, reader.options))
     return files | ({ADAPTER: in_order(adapter)} if adapter else {})
-
-
-def _matrix_tensors(layer: str, row: Mapping[str, Any], symmetric: bool) -> list[Stored]:
-    rows, bits, groups = row["rows"], row["bits"], row["columns"] // row["group_size"]
-    tensors = [
-        Stored(f"{layer}.weight_packed", "I32", (rows, -(-row["columns"] * bits // 32))),
-        Stored(f"{layer}.weight_scale", "F16", (rows, groups)),
-        Stored(f"{layer}.weight_shape", "I64", (2,)),
-    ]
-    zero = Stored(f"{layer}.weight_zero_point", "I32", (-(-rows * bits // 32), groups))
-    return tensors if symmetric else [*tensors, zero]
-
-
-def _lora_tensors(layer: str, row: Mapping[str, Any], factor_bits: int) -> list[Stored]:
-    return [
-        Stored(f"{LORA}{layer}.lora_A.weight", "F16", (row["rank"], row["columns"])),
-        Stored(f"{LORA}{layer}.lora_B.weight", "F32" if factor_bits == 8 else "F16", (row["rows"], row["rank"])),
-    ]
 
 
 def nbytes(reader: Reader) -> int:
     """Bytes on disk of all safetensors files and of the index of the model's."""
     files = layout(reader)
-    return nbytes_of(files, METADATA) + len(_index(files))
+    return nbytes_of(files, METADATA) + len(index(_weights(files)))
 
 
 def measure(target: Path) -> int:
@@ -130,7 +114,7 @@ def save(target: Path, reader: Reader, *, card: str = "") -> None:
         for file, tensors in files.items():
             (folder / file).parent.mkdir(exist_ok=True)
             write(folder / file, tensors, partial(_tensor, reader, native), METADATA)
-        write_atomically(folder / INDEX, _index(files))
+        write_atomically(folder / INDEX, index(_weights(files)))
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         raw["quantization_config"] = quantization_config(reader)
         write_atomically(folder / "config.json", _json(raw))
@@ -238,11 +222,8 @@ def scaled_factor(L_OR: Tensor, L_scale_R: Tensor, R_scale_R: Tensor) -> Tensor:
     return L_OR.float() * (L_scale_R.float() * R_scale_R.float())
 
 
-def _index(files: Layout) -> bytes:
-    weights = {file: tensors for file, tensors in files.items() if file != ADAPTER}
-    total = sum(tensor.nbytes for tensors in weights.values() for tensor in tensors)
-    where = {tensor.name: file for file, tensors in weights.items() for tensor in tensors}
-    return _json({"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
+def _weights(files: Layout) -> Layout:
+    return {file: tensors for file, tensors in files.items() if file != ADAPTER}
 
 
 def _json(content: Any) -> bytes:

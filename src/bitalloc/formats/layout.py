@@ -19,7 +19,7 @@ Bytes are those of the weights files; the JSON files beside them (configuration,
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -104,8 +104,10 @@ def matrix_tensors(layer: str, rows: int, columns: int, option: Option, dtype: s
     return tensors
 
 
-def layout(inventory: pd.DataFrame, plan: pd.DataFrame, sweep: Sweep) -> Layout:
-    """File -> its tensors, in the order in which safetensors stores them.
+def layout(
+    inventory: pd.DataFrame, plan: pd.DataFrame, sweep: Sweep, *, matrix: Callable[..., list[Stored]] = matrix_tensors
+) -> Layout:
+    """File -> its tensors, in the order in which safetensors stores them; `matrix` says what a format makes of one.
 
     Raises `BitallocError` when plan and inventory do not speak of the same matrices, embeddings and heads apart.
     """
@@ -118,9 +120,9 @@ def layout(inventory: pd.DataFrame, plan: pd.DataFrame, sweep: Sweep) -> Layout:
     for row in inventory.to_dict("records"):
         if row["claimed"]:
             dtype = "BF16" if row["dtype"] == "bfloat16" else "F16"
-            tensors = matrix_tensors(row["layer"], row["rows"], row["columns"], options[row["layer"]], dtype)
+            tensors = matrix(row["layer"], row["rows"], row["columns"], options[row["layer"]], dtype)
         else:
-            tensors = _as_stored(row)
+            tensors = as_stored(row)
         if tensors:
             files.setdefault(block_file(row["block"]), []).extend(tensors)
     return {file: in_order(files[file]) for file in sorted(files)}
@@ -130,9 +132,7 @@ def claim(inventory: pd.DataFrame, layers: Iterable[str]) -> pd.DataFrame:
     """INVENTORY in which these embeddings or heads, too, are given an option."""
     chosen = inventory["layer"].isin(list(layers)) & inventory["tensor"].str.endswith(".weight") & ~inventory["tied"]
     chosen &= inventory["kind"].isin(["embedding", "head"]) & ~inventory["claimed"]
-    return inventory.assign(
-        claimed=inventory["claimed"] | chosen, role=inventory["role"].mask(chosen, inventory["kind"])
-    )
+    return inventory.assign(claimed=inventory["claimed"] | chosen)
 
 
 def in_order(tensors: Iterable[Stored]) -> list[Stored]:
@@ -140,7 +140,8 @@ def in_order(tensors: Iterable[Stored]) -> list[Stored]:
     return sorted(tensors, key=lambda tensor: (_ORDER[tensor.dtype], tensor.name))
 
 
-def _as_stored(row: dict[str, Any]) -> list[Stored]:
+def as_stored(row: dict[str, Any]) -> list[Stored]:
+    """What is kept of an excluded tensor: one entry, or none."""
     if (row["tied"] and row["kind"] == "head") or row["kind"] == "buffer":
         return []
     if row["dtype"] not in _DTYPES:
@@ -157,30 +158,6 @@ def nbytes(files: Layout, metadata: Mapping[str, str] = METADATA) -> int:
 def checkpoint_nbytes(inventory: pd.DataFrame, plan: pd.DataFrame, sweep: Sweep) -> int:
     """Bytes on disk of the native checkpoint's weights under `plan`, headers included."""
     return nbytes(layout(inventory, plan, sweep))
-
-
-def rest_nbytes(inventory: pd.DataFrame, options: Iterable[Option], sweep: Sweep) -> int:
-    """Bytes that a checkpoint takes beside its claimed matrices: at most this under any plan of these options.
-
-    What is excluded is known to the byte. Headers depend on the plan by some digits: they are taken for the option
-    with the most and largest tensors, at offsets as large as those of a checkpoint of 16-bit matrices.
-    """
-    coded = [option for option in options if option.quantizer != PASS_THROUGH]
-    widest = Option(
-        "widest",
-        max((option.bits for option in coded), default=2),
-        min((option.group_size for option in coded), default=1),
-        max((option.rank for option in coded), default=0),
-    )
-    plan = inventory.loc[inventory["claimed"], ["layer"]].assign(
-        quantizer=widest.quantizer, bits=widest.bits, group_size=widest.group_size, rank=widest.rank
-    )
-    files = layout(inventory, plan, sweep)
-    far = 2 * int((inventory["rows"] * inventory["columns"]).sum()) + nbytes(files)
-    headers = sum(len(header(tensors, start=far)) for tensors in files.values())
-    return headers + sum(
-        t.nbytes for row in inventory[~inventory["claimed"]].to_dict("records") for t in _as_stored(row)
-    )
 
 
 def header(tensors: Iterable[Stored], metadata: Mapping[str, str] = METADATA, *, start: int = 0) -> bytes:
