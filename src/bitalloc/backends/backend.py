@@ -17,6 +17,9 @@ from bitalloc.formats.bitalloc import Reader
 from bitalloc.option import PASS_THROUGH, Option, from_row
 from bitalloc.suites import Windows
 
+for _noisy in ("torchao", "bitsandbytes", "torch.utils._pytree"):  # they remark on themselves, whoever imports them
+    getLogger(_noisy).setLevel("ERROR")
+
 EXTRA = "pip install 'bitalloc[backends]'"
 
 
@@ -45,8 +48,6 @@ class Runnable(NamedTuple):
 
 def library(name: str, remedy: str) -> ModuleType:
     """The module of that name; raises `BitallocError` with the remedy when it cannot be imported."""
-    for noisy in (name, "torch.utils._pytree"):  # they remark on themselves while they are imported, and at work
-        getLogger(noisy).setLevel("ERROR")
     try:
         return importlib.import_module(name)
     except ImportError as error:
