@@ -209,7 +209,7 @@ def load_model(path: Path, *, device: torch.device, remote_code: bool = False, *
                 path,
                 dtype=working_dtype(device),
                 local_files_only=True,
-                use_safetensors="gguf_file" not in how,
+                use_safetensors=True,
                 trust_remote_code=remote_code,
                 **how,
             )

@@ -394,7 +394,7 @@ BACKENDS = Table(
         Column("max_logit_difference", FLOAT, "max |z' - z| / max |z|, z the dequantised plan's logits", nullable=True),
         Column("nbytes", INT, "bytes of the weights, where `held` says", nullable=True),
         Column("held", STR, "disk: weights files; memory: all parameters once loaded", nullable=True),
-        Column("load_s", FLOAT, "seconds from files to a model", nullable=True),
+        Column("load_s", FLOAT, "seconds from files, read before, to a model", nullable=True),
         Column("tokens_per_s", FLOAT, "without the head, the first pass not counted; gguf: llama.cpp's", nullable=True),
     ),
 )

@@ -15,6 +15,7 @@ from bitalloc.suites import Windows
 
 
 def gguf(subject: Subject) -> Runnable:
+    """Codes as they are where a type holds them, else quantised again; raises `BitallocError` as the format does."""
     form.refuse(subject.reader)
     path = subject.scratch / "model.gguf"
 

@@ -1,4 +1,4 @@
-"""The export `gptq`, for GPTQModel: `transformers` itself does not load mixed bits, nor any without GPTQModel."""
+"""The export `gptq`, for GPTQModel: `transformers` itself does not load mixed bits, nor any bits without it."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ REMEDY = "it asks for an environment of its own (docs/formats.md)"
 
 
 def gptq(subject: Subject) -> Runnable:
+    """The codes as they are; raises `BitallocError` for rank, and where GPTQModel cannot be imported."""
     form.refuse(subject.reader)
     library("gptqmodel", REMEDY)
     folder = subject.scratch / "gptq"

@@ -16,6 +16,7 @@ REMEDY = "pip install 'bitalloc[huggingface]'"
 
 
 def huggingface(subject: Subject) -> Runnable:
+    """The plan as it is, rank included; raises `BitallocError` for what the format or this machine cannot carry."""
     form.refuse(subject.reader)
     for name in ("compressed_tensors", "peft"):
         library(name, REMEDY)
