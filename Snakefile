@@ -19,6 +19,7 @@ include: "workflow/rules/allocate.smk"
 include: "workflow/rules/compress.smk"
 include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/export.smk"
+include: "workflow/rules/backends.smk"
 include: "workflow/rules/analyze.smk"
 include: "workflow/rules/report.smk"
 

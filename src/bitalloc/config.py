@@ -167,6 +167,19 @@ class Analyze(Section):
     folds: Positive = Field(20, description="random item splits of the cross-fitted selection regret")
 
 
+class Backends(Section):
+    plans: list[str] = Field(
+        [], description="plans that are run, e.g. bits_only-2.6bpw; none: `best` of the first budget"
+    )
+    names: list[str] = Field(
+        [
+            "reference", "dequantised", "native", "huggingface", "gptq", "gguf", "torchao", "torchao_int8",
+            "bitsandbytes", "bitsandbytes_int8",
+        ],
+        description="members of the family of backends",
+    )  # fmt: skip
+
+
 class Check(Section):
     threshold: float = Field(description="what the measured value is held against")
     mode: Literal["stop", "warn", "fallback"] | None = Field(None, description="overrides gates.mode for this check")
@@ -275,6 +288,7 @@ class Config(Section):
     export: Export = Field(default_factory=Export)
     evaluate: Evaluate = Field(default_factory=Evaluate)
     analyze: Analyze = Field(default_factory=Analyze)
+    backends: Backends = Field(default_factory=Backends)
     gates: Gates = Field(default_factory=Gates)
     models: dict[str, Model] = Field({}, description="the model sheet, config/models.yaml")
 

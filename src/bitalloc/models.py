@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +202,8 @@ def working_dtype(device: torch.device) -> torch.dtype:
 def _quiet() -> Iterator[None]:
     from transformers.utils import logging
 
+    for name in ("torchao", "torch.utils._pytree"):  # imported where torchao is installed, with remarks on itself
+        getLogger(name).setLevel("ERROR")
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -212,8 +215,11 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load_model(path: Path, *, device: torch.device, remote_code: bool = False) -> Any:
-    """The whole `transformers` model, ready to evaluate, in the working type of the device."""
+def load_model(path: Path, *, device: torch.device, remote_code: bool = False, **how: Any) -> Any:
+    """The whole `transformers` model, ready to evaluate, in the working type of the device.
+
+    `how` goes to `from_pretrained`.
+    """
     from transformers import AutoModelForCausalLM
 
     try:
@@ -224,6 +230,7 @@ def load_model(path: Path, *, device: torch.device, remote_code: bool = False) -
                 local_files_only=True,
                 use_safetensors=True,
                 trust_remote_code=remote_code,
+                **how,
             )
     except (OSError, ValueError, SafetensorError) as error:
         raise BitallocError(f"transformers cannot load {path}: {str(error).splitlines()[0]}") from None

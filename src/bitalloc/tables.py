@@ -110,6 +110,16 @@ _INTERVAL = (
     Column("n", INT, "independent units behind the value: windows, items or plans"),
 )
 
+
+def _estimate(name: str, doc: str) -> tuple[Column, Column, Column]:
+    """A column of point estimates and those of the ends of their 95 % intervals; missing where not measured."""
+    short, ends = name.removesuffix("_nats_per_token"), (("lo", "lower"), ("hi", "upper"))
+    whole = Column(name, FLOAT, doc, nullable=True)
+    return whole, *(
+        Column(f"{short}_{end}", FLOAT, f"{word} end of its 95 % interval", nullable=True) for end, word in ends
+    )
+
+
 INVENTORY = Table(
     "inventory",
     "Every tensor of the checkpoint: what it is, and whether a plan may touch it.",
@@ -389,10 +399,30 @@ GOODHART = Table(
     ),
 )
 
+BACKENDS = Table(
+    "backends",
+    "One plan in every backend: does what was simulated survive the software that runs it?",
+    ("plan", "backend", "task"),
+    (
+        Column("plan", STR, "name of the plan"),
+        Column("backend", STR, "member of bitalloc.backends.BACKENDS"),
+        Column("task", STR, "<corpus>/report: the windows of the evaluation"),
+        Column("status", STR, "`measured`, or in one line why not"),
+        *_estimate("ppl", "perplexity, exp of the mean of nll_nats_per_token"),
+        *_estimate("kl_nats_per_token", "KL to the unquantised model"),
+        *_estimate("top1", "share of tokens whose argmax is the unquantised model's"),
+        Column("max_logit_difference", FLOAT, "max |z' - z| / max |z|, z the dequantised plan's logits", nullable=True),
+        Column("nbytes", INT, "bytes of the weights, where `held` says", nullable=True),
+        Column("held", STR, "disk: weights files; memory: all parameters once loaded", nullable=True),
+        Column("load_s", FLOAT, "seconds from files, read before, to a model", nullable=True),
+        Column("tokens_per_s", FLOAT, "without the head, the first pass not counted; gguf: llama.cpp's", nullable=True),
+    ),
+)
+
 TABLES = {
     table.name: table
     for table in (
         INVENTORY, TOKENS, ITEMS, MOMENTS, SWEEP, SENSITIVITY, EMBEDDINGS, LAW, RESIDUALS, COSTS, PLAN, PLANS,
-        CHECKPOINTS, EXPORTS, EVALUATE, RESPONSES, GATES, GOODHART,
+        CHECKPOINTS, EXPORTS, EVALUATE, RESPONSES, GATES, GOODHART, BACKENDS,
     )
 }  # fmt: skip

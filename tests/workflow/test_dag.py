@@ -186,3 +186,27 @@ def test_checkpoints_leave_in_the_formats_that_the_configuration_names(project):
 def test_exports_without_a_format_are_one_line(project):
     status, output = project.run("results/tiny/exports.parquet")
     assert status != 0 and "set export.formats" in output
+
+
+def test_a_plan_in_real_backends_is_the_simulated_one(project):
+    project.configure(backends={"plans": [], "names": ["dequantised", "huggingface"]})
+    status, output = project.run("results/tiny/backends.png")
+    assert status == 0, output
+    results = project.folder / "results/tiny"
+    table = tables.BACKENDS.read(results / "backends.parquet")
+    assert tables.verdicts(results / "backends.parquet") == tables.verdicts(results / "plans.parquet")
+    assert (table["status"] == "measured").all()
+    one, other = (table[table["backend"] == name].set_index("task") for name in ("dequantised", "huggingface"))
+    # the same windows and statistics as the evaluation
+    scores = tables.EVALUATE.read(results / "evaluate.parquet").query("plan == 'best-2.55bpw'")
+    for metric in ("ppl", "kl_nats_per_token"):
+        expected = scores[scores["metric"] == metric].set_index("task").loc[one.index, "value"]
+        assert one[metric].to_list() == pytest.approx(expected.to_list(), rel=1e-4)
+        assert other[metric].to_list() == pytest.approx(one[metric].to_list(), rel=1e-4)
+    assert (results / "backends.png").stat().st_size > 20_000 and not list((results / "backends").rglob(".*"))
+
+
+def test_a_mistyped_plan_of_the_backends_is_one_line(finished):
+    status, output = finished.run("results/tiny/backends.png", "-n")  # the sheet names plans of another budget
+    assert status != 0
+    assert "unknown plan 'best-2.3bpw' in the section backends: did you mean 'best-2.55bpw'?" in output

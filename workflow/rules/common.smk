@@ -12,7 +12,7 @@ from snakemake.exceptions import WorkflowError
 from bitalloc import config as configuration
 from bitalloc import provenance
 from bitalloc.allocate import budget_slug
-from bitalloc.errors import BitallocError
+from bitalloc.errors import BitallocError, nearest
 from bitalloc.families import family
 from bitalloc.gates import read_verdict
 from bitalloc.option import options
@@ -167,6 +167,20 @@ def exports(wildcards):
         )
     names = compressed_plans(wildcards)
     return expand("results/{model}/{format}/{plan}.parquet", model=wildcards.model, format=formats, plan=names)
+
+
+@checked
+def backends_parts(wildcards):
+    """Tables of every plan in every backend that the configuration names."""
+    asked, allocation = settings(wildcards.model).backends, settings(wildcards.model).allocate
+    slugs = [budget_slug(budget) for budget in allocation.budgets]
+    plans = [f"{strategy}-{slug}" for strategy in ("best", *allocation.strategies) for slug in slugs]
+    for what, given, known in (("plan", asked.plans, plans), ("backend", asked.names, type(asked)().names)):
+        for name in given:
+            if name not in known:
+                raise BitallocError(f"unknown {what} {name!r} in the section backends: {nearest(name, known)}")
+    pattern = "results/{model}/backends/{plan}/{backend}.parquet"
+    return expand(pattern, model=wildcards.model, plan=asked.plans or plans[:1], backend=asked.names)
 
 
 def evaluate_parts(pattern):

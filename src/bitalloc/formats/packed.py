@@ -125,6 +125,10 @@ class TiedHead(nn.Module):
         self.embedding = (embedding,)  # in a tuple it is no child: its tensors are saved once
         self.register_parameter("bias", bias)
 
+    def dequantize(self) -> Tensor:
+        """What_VD, float32."""
+        return self.embedding[0].dequantize()
+
     def forward(self, x_NI: Tensor) -> Tensor:
         y_NO = self.embedding[0].multiply(x_NI)
         return y_NO if self.bias is None else y_NO + self.bias

@@ -92,8 +92,8 @@ class Head:
         probe = torch.arange(min(8, len(self.weight_VD)), device=self.weight_VD.device)[None]
         with torch.inference_mode():
             h_ND = model.base_model(input_ids=probe, use_cache=False).last_hidden_state[0].float()
-            expected = model(input_ids=probe, use_cache=False).logits[0].float()
-        tolerance = 1e-4 if module.weight.dtype == torch.float32 else 0.05
+            logits = model(input_ids=probe, use_cache=False).logits[0]
+        tolerance, expected = 1e-4 if logits.dtype == torch.float32 else 0.05, logits.float()
         if not torch.allclose(self.logits(h_ND), expected, rtol=tolerance, atol=tolerance * expected.std().item()):
             raise BitallocError(
                 f"{type(model).__name__} does more than a linear map after its last hidden state; "
@@ -101,9 +101,10 @@ class Head:
             )
 
     def refresh(self) -> None:
-        """Take the weights that the model has now."""
+        """Take the weights that the model has now; a packed head knows how to unpack them."""
         bias = getattr(self.module, "bias", None)
-        self.weight_VD = self.module.weight.detach().float()
+        packed = hasattr(self.module, "dequantize")
+        self.weight_VD = self.module.dequantize() if packed else self.module.weight.detach().float()
         self.bias_V = None if bias is None else bias.detach().float()
 
     def fixed(self) -> Head:
