@@ -87,7 +87,7 @@ class Head:
     """
 
     def __init__(self, model: Any) -> None:
-        self.module = module = model.get_output_embeddings()
+        self.module = model.get_output_embeddings()
         self.refresh()
         probe = torch.arange(min(8, len(self.weight_VD)), device=self.weight_VD.device)[None]
         with torch.inference_mode():
