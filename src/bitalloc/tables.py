@@ -159,6 +159,22 @@ ITEMS = Table(
         Column("chance", FLOAT, "accuracy of guessing, 0 to 1"),
     ),
 )
+READINGS = Table(
+    "readings",
+    "Whole texts as the protocols of perplexity read them; empty where the configuration names no protocol.",
+    ("protocol", "corpus", "window"),
+    (
+        Column("protocol", STR, "gptq, lm-eval or llama.cpp"),
+        Column("corpus", STR, "name of the corpus in the configuration"),
+        Column("window", INT, "index within protocol and corpus"),
+        Column("document", INT, "what is averaged over: the document of lm-eval, the window of the others"),
+        Column("tokens", INTS, "token ids"),
+        Column("scored", INT, "tokens at the end of the window that are scored"),
+        Column("nbytes", INT, "UTF-8 bytes of the text behind them; those of a document stand in its first window"),
+        Column("words", INT, "words of the document, likewise; 0 where the protocol counts none"),
+        Column("how", STR, "the protocol in full, and how far the text was read"),
+    ),
+)
 MOMENTS = Table(
     "moments",
     "Second moments H_II = X^T X / n of every site's input; the matrices lie in the store.",
@@ -311,12 +327,13 @@ EVALUATE = Table(
     ("plan", "suite", "task", "metric"),
     (
         Column("plan", STR, "name of the plan"),
-        Column("suite", STR, "perplexity, divergence or world"),
-        Column("task", STR, "<corpus>/<split>, or task"),
+        Column("suite", STR, "perplexity, divergence, world or protocols"),
+        Column("task", STR, "<corpus>/<split>, <corpus>/<protocol>, or task"),
         Column(
             "metric",
             STR,
-            "nll_nats_per_token, ppl, median_nll, bits_per_byte, kl_nats_per_token, top1, acc, margin_nats",
+            "nll_nats_per_token, ppl, median_nll, bits_per_byte; kl_nats_per_token, top1, delta_p, ln_ppl_ratio, their "
+            "percentiles and standard errors; word_perplexity, byte_perplexity; acc, margin_nats, flips",
         ),
         *_INTERVAL,
         Column("protocol", STR, "how it was measured, in full"),
@@ -328,10 +345,10 @@ RESPONSES = Table(
     ("plan", "suite", "task", "metric", "item"),
     (
         Column("plan", STR, "name of the plan"),
-        Column("suite", STR, "perplexity, divergence or world"),
-        Column("task", STR, "<corpus>/<split>, or task"),
+        Column("suite", STR, "perplexity, divergence, world or protocols"),
+        Column("task", STR, "<corpus>/<split>, <corpus>/<protocol>, or task"),
         Column("metric", STR, "as in EVALUATE, before averaging"),
-        Column("item", INT, "window or item"),
+        Column("item", INT, "window, document or item"),
         Column("group", STR, "cluster for resampling"),
         Column("value", FLOAT, "the response"),
         Column("weight", FLOAT, "tokens or bytes behind it, or 1"),
@@ -372,7 +389,7 @@ GOODHART = Table(
 TABLES = {
     table.name: table
     for table in (
-        INVENTORY, TOKENS, ITEMS, MOMENTS, SWEEP, SENSITIVITY, LAW, RESIDUALS, COSTS, PLAN, PLANS, CHECKPOINTS,
-        EXPORTS, EVALUATE, RESPONSES, GATES, GOODHART,
+        INVENTORY, TOKENS, ITEMS, READINGS, MOMENTS, SWEEP, SENSITIVITY, LAW, RESIDUALS, COSTS, PLAN, PLANS,
+        CHECKPOINTS, EXPORTS, EVALUATE, RESPONSES, GATES, GOODHART,
     )
 }  # fmt: skip
