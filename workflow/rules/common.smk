@@ -23,7 +23,7 @@ from bitalloc.sweep import units
 os.environ.setdefault("MKL_DYNAMIC", "FALSE")
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
-PRODUCTS = ["goodhart.png", "report.md", "sensitivity.png", "errors.png", "law.png"]
+PRODUCTS = ["goodhart.png", "report.md", "domains.png", "sensitivity.png", "errors.png", "law.png"]
 
 
 def checked(function):
@@ -162,6 +162,12 @@ def exports(wildcards):
         )
     names = compressed_plans(wildcards)
     return expand("results/{model}/{format}/{plan}.parquet", model=wildcards.model, format=formats, plan=names)
+
+
+def protocols(wildcards):
+    """Input function: scores of whole texts, where the configuration names a protocol."""
+    named = settings(wildcards.model).evaluate.protocols
+    return f"results/{wildcards.model}/protocols.parquet" if named else []
 
 
 def evaluate_parts(pattern):
