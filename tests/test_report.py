@@ -93,6 +93,7 @@ def test_the_page_tells_divergence_and_flips_plan_by_plan(results):
     assert lines[0] == f"| {plan} | 0.0123 ± 0.0123 |" + " 0.0123 |" * 8
     assert lines[1].startswith(f"| {plan} | 1.23 ± 1.23 | 1.23 ± 1.23 | 1.23 |")
     assert lines[1].endswith("| 1.23 ± 1.23 | 0.0123 ± 0.0123 | 0.0123 |")
+    assert report._flipped(pd.Series(0.0, index=report.FLIPS)) == "0"
     assert lines[2] == f"| {plan} | 5.0 = 4.0 + 1.0 |"
     assert "random-" not in parts
     assert report._divergence(results.plans, results.evaluate) == []  # nothing was told

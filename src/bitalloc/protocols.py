@@ -47,6 +47,7 @@ class Text:
     """A corpus as each of the protocols gets it."""
 
     joined: str  # gptq
+    joint: str  # how that was joined, in words
     file: str  # llama.cpp
     documents: list[tuple[str, str]]  # lm-eval: what is scored, and what its words and bytes are counted in
 
@@ -55,7 +56,9 @@ def plain(records: list[str], separator: str) -> Text:
     """A text of documents; with an empty separator they are pieces of one."""
     documents = records if separator else ["".join(records)]
     joined = separator.join(documents)
-    return Text(joined, joined, [(text, text) for text in documents if text.strip()])
+    return Text(
+        joined, f"documents joined by {separator!r}", joined, [(text, text) for text in documents if text.strip()]
+    )
 
 
 def wikitext(records: list[str], articles: int | None = None) -> Text:
@@ -75,7 +78,8 @@ def wikitext(records: list[str], articles: int | None = None) -> Text:
     documents = [page.removesuffix("\n") for page in pages[:-1]] + pages[-1:]
     lines = list(io.StringIO("".join(pages[:articles])))
     rows = [line if line.strip() else "" for line in lines]
-    return Text("\n\n".join(rows), "".join(lines), [(detokenise(page), page) for page in documents[:articles]])
+    joint = "lines, blank ones empty, joined by '\\n\\n'"
+    return Text("\n\n".join(rows), joint, "".join(lines), [(detokenise(page), page) for page in documents[:articles]])
 
 
 def _is_title(line: str) -> bool:
@@ -196,12 +200,12 @@ PROTOCOLS: dict[str, Callable[[Text, Reader], Iterator[Window]]] = {
 }
 
 
-def described(protocol: str, reader: Reader) -> str:
+def described(protocol: str, text: Text, reader: Reader) -> str:
     """What the protocol does with this model, for every number to bear."""
     bos = "" if reader.bos is None else "bos once, at the start; "
     longest = reader.longest or CONTEXT
     return {
-        "gptq": f"gptq: documents joined; {bos}non-overlapping windows of {gptq_length(reader.longest)} tokens, "
+        "gptq": f"gptq: {text.joint}; {bos}non-overlapping windows of {gptq_length(reader.longest)} tokens, "
         "all but the first scored",
         "lm-eval": f"lm-eval: rolling log-likelihood of each document; prefix token {reader.prefix}; "
         f"pieces of {longest} tokens, all scored",
@@ -230,7 +234,7 @@ def readings(config: Config, path: Path) -> pd.DataFrame:
                     "evaluate.documents or evaluate.tokens, or take one of the two out of evaluate"
                 )
             corpus.check_vocabulary(max(max(window.tokens) for window in windows), raw.get("vocab_size"))
-            place = {"protocol": protocol, "corpus": name, "how": f"{described(protocol, reader)}; {extent}"}
+            place = {"protocol": protocol, "corpus": name, "how": f"{described(protocol, text, reader)}; {extent}"}
             rows += [{**place, "window": index, **vars(window)} for index, window in enumerate(windows)]
     return pd.DataFrame(rows, columns=[column.name for column in READINGS.columns])
 

@@ -303,17 +303,22 @@ def _divergence(plans: pd.DataFrame, evaluate: pd.DataFrame) -> list[str]:
             parts.append(_grid(("plan", *block), rows))
         parts.append(BLOCK_NOTE)
     if tasks := list(dict.fromkeys(evaluate.loc[evaluate["metric"] == "flips", "task"])):
-        shares = {(plan, task): [100 * value[task, plan, name] for name in FLIPS] for plan in named for task in tasks}
-        rows = [(plan, *("{:.1f} = {:.1f} + {:.1f}".format(*shares[plan, task]) for task in tasks)) for plan in named]
+        rows = [(plan, *(_flipped(value[task, plan]) for task in tasks)) for plan in named]
         parts += ["## Answers that changed", _grid(("plan", *tasks), rows), FLIPS_NOTE]
     return parts
 
 
+def _flipped(value: pd.Series) -> str:
+    whole, to_wrong, to_right = (100 * value[name] for name in FLIPS)
+    return f"{whole:.1f} = {to_wrong:.1f} + {to_right:.1f}" if whole else "0"
+
+
 def _told(value: pd.Series, metric: str) -> str:
-    """The metric of one plan and task, with its standard error; probabilities and shares in points."""
+    """The metric of one plan and task, with its standard error if it has one; probabilities and shares in points."""
     scale, digits = (100, 2) if metric.startswith(("delta_p", "top1")) else (1, 4)
-    error = f" \u00b1 {scale * value[STANDARD_ERROR[metric]]:.{digits}f}" if metric in STANDARD_ERROR else ""
-    return f"{scale * value[metric]:.{digits}f}{error}"
+    if metric in STANDARD_ERROR:
+        return f"{scale * value[metric]:.{digits}f} \u00b1 {scale * value[STANDARD_ERROR[metric]]:.{digits}f}"
+    return f"{scale * value[metric]:.3g}"
 
 
 def _protocols(protocols: pd.DataFrame) -> list[str]:

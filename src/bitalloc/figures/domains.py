@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from bitalloc.figures.style import GREY, INK, headline, mark, page
 
 UNIFORM, BEST = "uniform", "best"
-LINE = 0.26  # inches of an estimate
+LINE, GAP = 0.26, 0.85  # inches of an estimate, and between the rows of panels
 
 
 def domains(  # noqa: PLR0917 - three tables, what was calibrated on, and where to put it
@@ -48,7 +48,7 @@ def domains(  # noqa: PLR0917 - three tables, what was calibrated on, and where 
         ratios = [upper, lower] if lower else [upper]
         grid = figure.add_gridspec(
             len(ratios), len(data.budgets), left=0.12, right=0.975, bottom=bottom, top=top, wspace=0.07,
-            hspace=1.6 / (upper + lower), height_ratios=ratios,
+            hspace=len(ratios) * GAP / (height * (top - bottom) - (len(ratios) - 1) * GAP), height_ratios=ratios,
         )  # fmt: skip
         _names(_row(figure, grid, 0, data, _damage)[0], data)
         if lower:
