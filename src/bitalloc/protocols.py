@@ -3,6 +3,7 @@
 `gptq`: Frantar et al. 2023 (arXiv 2210.17323) and the papers after it: the documents joined by the corpus's
 separator (two newlines; lines of WikiText, one space in C4), cut into windows of the model's context, 2,048
 tokens at most, that do not overlap; all tokens but the first of a window are scored, a last short one is dropped.
+C4 is read so with `evaluate.documents` 1100 and `evaluate.tokens` 524288.
 
 `lm-eval`: EleutherAI's lm-evaluation-harness, rolling log-likelihood (task `wikitext`): every document on its own,
 every token scored once, in pieces of the model's context; the first piece begins with the prefix token, a later
