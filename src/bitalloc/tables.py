@@ -107,7 +107,7 @@ _INTERVAL = (
     Column("value", FLOAT, "the point estimate, unit by metric", nullable=True),
     Column("lo", FLOAT, "lower end of the 95 % interval", nullable=True),
     Column("hi", FLOAT, "upper end of the 95 % interval", nullable=True),
-    Column("n", INT, "independent units behind the value: windows, items or plans"),
+    Column("n", INT, "units behind the value: windows, documents, items, plans; tokens where it has no interval"),
 )
 
 INVENTORY = Table(
