@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import itertools
 import json
 import math
@@ -162,19 +163,29 @@ def test_separator_and_bos() -> None:
 
 
 # ---- sources -----------------------------------------------------------------------------------------
-@pytest.mark.parametrize("suffix", [".txt", ".raw", ".json", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("suffix", [".txt", ".raw", ".json", ".jsonl", ".json.gz", ".parquet"])
 def test_files(suffix: str, tmp_path: Path) -> None:
     file, records = tmp_path / f"x{suffix}", ["first\u2028 line", "zweite שורה"]
     if suffix == ".json":
         file.write_text(json.dumps(records))
-    elif suffix == ".jsonl":
-        file.write_text("\n".join(json.dumps({"text": text, "id": 1}, ensure_ascii=False) for text in records) + "\n")
+    elif suffix in {".jsonl", ".json.gz"}:
+        lines = "\n".join(json.dumps({"text": text, "id": 1}, ensure_ascii=False) for text in records) + "\n"
+        file.write_bytes(gzip.compress(lines.encode()) if suffix == ".json.gz" else lines.encode())
     elif suffix == ".parquet":
         pd.DataFrame({"text": records, "id": [1, 2]}).to_parquet(file)
     else:
         file.write_text("\n".join(records))
         records = ["\n".join(records)]
     assert corpus.read_records(file) == records
+
+
+def test_texts_may_stand_in_another_field(tmp_path: Path) -> None:
+    file = tmp_path / "x.jsonl"
+    file.write_text('{"content": "import this"}\n')
+    found = corpus.texts("x", Corpus(sources=[str(file)], field="content"), seed=0, splits=["report"])
+    assert found == [(["report"], ["import this"])]
+    with pytest.raises(BitallocError, match=r"x\.jsonl does not hold texts .*text"):
+        corpus.texts("x", Corpus(sources=[str(file)]), seed=0, splits=["report"])
 
 
 @pytest.mark.parametrize(
@@ -186,6 +197,7 @@ def test_files(suffix: str, tmp_path: Path) -> None:
         ("x.jsonl", b'{"a": 1}'),
         ("x.jsonl", b"[]"),
         ("x.txt", b"\xff\xfe"),
+        ("x.json.gz", b"{}"),
         ("x.parquet", b"PAR1"),
         ("x.csv", b"a"),
     ],

@@ -20,7 +20,7 @@ from bitalloc.suites import SUITES
 from bitalloc.tables import EVALUATE, RESPONSES
 from tests.small import CPU, OPTIONS, Small, items, small, tokens
 
-SETTINGS = config.Evaluate(suites=list(SUITES), resamples=100)
+SETTINGS = config.Evaluate(suites=["perplexity", "divergence", "world"], resamples=100)
 
 
 @pytest.fixture(scope="module")
@@ -52,16 +52,28 @@ def test_tables_hold_what_they_promise(bench: Small, tmp_path: Path) -> None:
     EVALUATE.write(frame, tmp_path / "evaluate.parquet")
     RESPONSES.write(responses, tmp_path / "responses.parquet")
     assert frame["plan"].drop_duplicates().tolist() == ["reference", *plans]
-    metrics = frame[frame["plan"] == "two"].groupby("suite")["metric"].unique().map(sorted).to_dict()
+    of_tokens = frame["lo"].isna()
+    metrics = frame[(frame["plan"] == "two") & ~of_tokens].groupby("suite")["metric"].unique().map(sorted).to_dict()
     assert metrics == {
         "perplexity": ["bits_per_byte", "median_nll", "nll_nats_per_token", "ppl"],
-        "divergence": ["kl_nats_per_token", "top1"],
-        "world": ["acc", "margin_nats"],
+        "divergence": ["delta_p", "delta_p_rms", "delta_p_squared", "kl_nats_per_token", "ln_ppl_ratio", "top1"],
+        "world": ["acc", "flips", "flips_to_right", "flips_to_wrong", "margin_nats"],
     }
-    assert (frame["lo"] <= frame["value"]).all()
-    assert (frame["value"] <= frame["hi"]).all()
-    assert set(frame["n"]) == {12}
-    assert frame["protocol"].str.contains("bootstrap, 100 resamples").all()
+    drawn, tokens_alone = frame[~of_tokens], frame[of_tokens]
+    assert (drawn["lo"] <= drawn["value"]).all()
+    assert (drawn["value"] <= drawn["hi"]).all()
+    assert set(drawn["n"]) == {12}
+    assert drawn["protocol"].str.contains("bootstrap, 100 resamples").all()
+    assert set(tokens_alone["suite"]) == {"divergence"} and set(tokens_alone["n"]) == {12 * 23}
+    assert tokens_alone["protocol"].str.endswith("tokens, taken as independent").all()
+    ratio = value(frame, "two", "nll_nats_per_token") - value(frame, "reference", "nll_nats_per_token")
+    assert value(frame, "two", "ln_ppl_ratio") == pytest.approx(ratio, abs=1e-6)
+    assert value(frame, "kept", "log_prob_correlation") == pytest.approx(1)
+    assert value(frame, "kept", "kl_max") == value(frame, "kept", "delta_p_rms") == 0
+    acc = responses[responses["metric"] == "acc"].pivot(index=["task", "item"], columns="plan", values="value")
+    changed = (acc["two"] != acc["reference"]).groupby("task").mean()
+    for task, share in changed.items():
+        assert value(frame, "two", "flips", task) == pytest.approx(share)
     assert value(frame, "two", "ppl") == pytest.approx(math.exp(value(frame, "two", "nll_nats_per_token")))
     # a plan that passes everything through is the reference; the coarser one departs further
     assert value(frame, "reference", "kl_nats_per_token") == value(frame, "kept", "kl_nats_per_token") == 0

@@ -6,6 +6,7 @@ from matplotlib.image import imread
 from bitalloc import figures, tables
 from bitalloc.analyze import analyze, summary
 from bitalloc.config import Analyze
+from bitalloc.figures.domains import _Data
 from bitalloc.figures.style import mark, spread
 from tests.simulated import empty, gates, law, residuals, sensitivity, simulate, sweep
 
@@ -71,6 +72,55 @@ def test_goodhart_with_perplexity_alone(tmp_path):
 def test_a_longer_sentence_never_leaves_the_page(tmp_path):
     draw(simulate(pool=0, items=40, budgets=("2.6bpw",)), tmp_path / "figure.png", "A long word here and there, " * 14)
     drawn(tmp_path / "figure.png", 13.5)
+
+
+def gains(results):
+    settings = Analyze(resamples=20, folds=2)
+    tables_read = (results.plans, results.evaluate, results.responses, results.items)
+    return analyze(*tables_read, settings=settings, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "written"),
+    [
+        ({}, ["best", "bits_only", "greedy"]),
+        ({"corpora": ("world",)}, ["best"]),
+        ({"strategies": ("uniform",), "budgets": ("3.3bpw",)}, ["uniform"]),
+    ],
+)
+def test_domains(tmp_path, settings, written):
+    results = simulate(pool=2, items=20, **settings)
+    checkpoints = results.plans[results.plans["strategy"].isin(written)]
+    figures.domains(
+        results.plans, checkpoints, gains(results), ["world"], tmp_path / "domains.png", STAMP, model="simulated"
+    )
+    drawn(tmp_path / "domains.png", 13.5)
+
+
+def test_the_headline_of_domains_counts_whole_intervals_and_tells_calibrated_text_apart():
+    results = simulate(pool=0, items=20)
+    found = gains(results)
+    rows = found["statistic"] == "ppl_gain_percent"
+    found.loc[rows, ["value", "lo", "hi"]] = (3.0, 1.0, 5.0)  # a gain: PPL is lower
+    worse = rows & (found["gold"] == "ppl:docstrings") & (found["budget"] == "2.6bpw")
+    found.loc[worse, ["value", "lo", "hi"]] = (-3.0, -5.0, -1.0)
+    unsure = rows & (found["gold"] == "ppl:docstrings") & (found["budget"] == "2.8bpw")
+    found.loc[unsure, ["value", "lo", "hi"]] = (1.0, -1.0, 3.0)
+    best = results.plans[results.plans["strategy"] == "best"]
+
+    def sentence(calibrated):
+        return _Data(results.plans, best, found, calibrated).sentence()
+
+    assert sentence(["world"]) == (
+        "PPL of best against uniform is lower in 3 of 3 cases on calibrated text, "
+        "and in 1 of 3 cases (higher in 1) on other text"
+    )
+    assert sentence(["docstrings_train"]).endswith(
+        "(higher in 1) on calibrated text, and in 3 of 3 cases on other text"
+    )
+    assert sentence(["a"]) == "PPL of best against uniform is lower in 4 of 6 cases (higher in 1) on other text"
+    lead = _Data(results.plans, best, found, ["world"]).lead.loc[("best", "2.6bpw", "world")]
+    assert lead.to_dict() == {"value": -3.0, "lo": -5.0, "hi": -1.0}
 
 
 @pytest.mark.parametrize("blocks", [4, 32])

@@ -76,6 +76,43 @@ def test_the_cells_are_those_of_the_tables(results):
     assert f"{row['value']:.3f} [{row['lo']:.3f}, {row['hi']:.3f}]" in line
 
 
+def test_the_page_tells_divergence_and_flips_plan_by_plan(results):
+    corpus, plan = "world/report", "optimal-2.8bpw"
+    told = dict.fromkeys(
+        [*report.KL_BLOCK.values(), *report.P_BLOCK.values(), *report.STANDARD_ERROR.values()], 0.01234
+    )
+    place = [
+        (name, corpus, "divergence", metric, value) for name in results.plans["plan"] for metric, value in told.items()
+    ]
+    flipped = dict(zip(report.FLIPS, (0.05, 0.04, 0.01), strict=True))
+    place += [(name, "facts", "world", metric, v) for name in results.plans["plan"] for metric, v in flipped.items()]
+    added = pd.DataFrame(place, columns=["plan", "task", "suite", "metric", "value"]).assign(n=9, protocol="")
+    whole = pd.concat([results.evaluate, added]).drop_duplicates(["plan", "task", "metric"], keep="last")
+    parts = "\n".join(report._divergence(results.plans, whole))
+    lines = [line for line in parts.splitlines() if line.startswith(f"| {plan} |")]
+    assert lines[0] == f"| {plan} | 0.0123 ± 0.0123 |" + " 0.0123 |" * 8
+    assert lines[1].startswith(f"| {plan} | 1.23 ± 1.23 | 1.23 ± 1.23 | 1.23 |")
+    assert lines[1].endswith("| 1.23 ± 1.23 | 0.0123 ± 0.0123 | 0.0123 |")
+    assert report._flipped(pd.Series(0.0, index=report.FLIPS)) == "0"
+    assert lines[2] == f"| {plan} | 5.0 = 4.0 + 1.0 |"
+    assert "random-" not in parts
+    assert report._divergence(results.plans, results.evaluate) == []  # nothing was told
+
+
+def test_the_page_tells_perplexity_by_protocol(results):
+    rows = [
+        ("reference", "wikitext2/lm-eval", "word_perplexity", 20.0, 19.0, 21.0, "lm-eval: how"),
+        ("best", "wikitext2/lm-eval", "word_perplexity", 30.0, 29.0, 31.0, "lm-eval: how"),
+        ("reference", "wikitext2/gptq", "ppl", 5.0, 4.0, 6.0, "gptq: how"),
+    ]
+    frame = pd.DataFrame(rows, columns=["plan", "task", "metric", "value", "lo", "hi", "protocol"])
+    text = page(results, protocols=frame)
+    assert "| wikitext2 | gptq | reference | 5.000 [4.000, 6.000] | - |" in text
+    assert text.index("| lm-eval | reference |") < text.index("| lm-eval | best |") < text.index("| gptq |")
+    assert "| 30 [29, 31] |" in text and "- `wikitext2/gptq`: gptq: how." in text
+    assert "by protocol" not in page(results)
+
+
 def test_the_page_links_figures_and_grades_by_the_unfavourable_end(results):
     text = page(results)
     assert "![goodhart](goodhart.png)" in text and "4 of 6 checks say GO" in text

@@ -33,11 +33,16 @@ class Corpus(Section):
     """Where a corpus comes from. Sources are tried in order; environment variables expand."""
 
     sources: list[str] = Field(
-        description="`world`, `docstrings`, a local .txt, .raw, .json, .jsonl or .parquet file, or "
-        "hub:<dataset>@<revision>/<parquet file>"
+        description="`world`, `docstrings`, a local .txt, .raw, .json, .jsonl, .json.gz or .parquet file, or "
+        "hub:<dataset>@<revision>/<such a file>"
     )
     separator: str = Field(
         "\n\n", description="after each document of a model without a bos token; empty: pieces of one document"
+    )
+    field: str = Field("text", description="of a record of .jsonl, .json.gz or .parquet that holds its text")
+    kind: Literal["documents", "wikitext"] = Field(
+        "documents",
+        description="wikitext: lines of WikiText, to be cut into articles by the protocols",
     )
 
 
@@ -158,6 +163,12 @@ class Evaluate(Section):
     stride: Positive | None = Field(
         None, description="tokens scored at the end of a window, as if it slid by so much; null = all but the first"
     )
+    protocols: list[Literal["gptq", "lm-eval", "llama.cpp"]] = Field(
+        [], description="conventions by which whole texts are read, for PPL that compares with published numbers"
+    )
+    texts: list[str] = Field(["wikitext2"], description="corpora that the protocols read")
+    documents: Positive | None = Field(None, description="documents of a text that protocols read at most; null = all")
+    tokens: Positive | None = Field(None, description="tokens of a text that protocols read at most; null = all")
     resamples: Positive = Field(2000, description="bootstrap resamples of an interval")
     jobs: Positive = Field(1, description="jobs among which the plans are shared out")
 
@@ -258,6 +269,7 @@ CORPORA = {
             "hub:Salesforce/wikitext@main/wikitext-2-raw-v1/test-00000-of-00001.parquet",
         ],
         separator="",
+        kind="wikitext",
     ),
     "wikitext2_train": Corpus(
         sources=[
@@ -265,6 +277,30 @@ CORPORA = {
             "hub:Salesforce/wikitext@main/wikitext-2-raw-v1/train-00000-of-00001.parquet",
         ],
         separator="",
+        kind="wikitext",
+    ),
+    "c4": Corpus(
+        sources=[f"{_DATA}/c4/validation.jsonl", "hub:allenai/c4@main/en/c4-validation.00000-of-00008.json.gz"],
+        separator=" ",
+    ),
+    "python": Corpus(
+        sources=[
+            f"{_DATA}/code/python_requests.txt",
+            "hub:codeparrot/codeparrot-clean-valid@main/file-000000000054.json.gz",
+        ],
+        field="content",
+    ),
+    "pile": Corpus(
+        sources=[
+            f"{_DATA}/pile/test.jsonl",
+            "hub:NeelNanda/pile-10k@main/data/train-00000-of-00001-4746b8785c874cc7.parquet",
+        ]
+    ),
+    "redpajama": Corpus(
+        sources=[
+            f"{_DATA}/redpajama/sample.jsonl",
+            "hub:togethercomputer/RedPajama-Data-1T-Sample@main/cc_2023-06_sample.jsonl",
+        ]
     ),
 }
 

@@ -8,6 +8,7 @@ their axes: T tokens, N windows.
 from __future__ import annotations
 
 import functools
+import gzip
 import itertools
 import json
 import random
@@ -72,7 +73,7 @@ _docstrings = functools.cache(docstrings)  # seconds of parsing
 def _hub_file(source: str) -> Path:
     match = re.fullmatch(r"hub:([^@]+)@([^/]+)/(.+)", source)
     if not match:
-        raise BitallocError(f"cannot read the source {source!r}; write hub:<dataset>@<revision>/<file>.parquet")
+        raise BitallocError(f"cannot read the source {source!r}; write hub:<dataset>@<revision>/<file>")
     file = hub(match[1], revision=match[2], files=[match[3]], kind="dataset") / match[3]
     if not file.is_file():
         raise UnavailableError("no such file in the dataset")
@@ -88,25 +89,25 @@ def _local_file(source: str) -> Path:
     return Path(path)
 
 
-def read_records(file: Path) -> list[str]:
-    """Texts of a .txt or .raw file (one), .json (list of strings), .jsonl or .parquet (field `text`)."""
+def read_records(file: Path, field: str = "text") -> list[str]:
+    """Texts of a .txt or .raw file (one), .json (list of strings), .jsonl, .json.gz or .parquet (column `field`)."""
     try:
         if file.suffix == ".parquet":
-            records = pq.read_table(file, columns=["text"])["text"].to_pylist()
+            records = pq.read_table(file, columns=[field])[field].to_pylist()
         elif file.suffix == ".json":
             records = json.loads(file.read_text(encoding="utf-8"))
-        elif file.suffix == ".jsonl":
-            lines = file.read_text(encoding="utf-8").split("\n")
-            records = [json.loads(line)["text"] for line in lines if line.strip()]
+        elif file.suffix in {".jsonl", ".gz"}:
+            whole = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+            records = [json.loads(line)[field] for line in whole.decode().split("\n") if line.strip()]
         elif file.suffix in {".txt", ".raw"}:
             records = [file.read_text(encoding="utf-8")]
         else:
-            raise BitallocError(f"cannot tell how to read {file}; give .txt, .raw, .json, .jsonl or .parquet")
-    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+            raise BitallocError(f"cannot tell how to read {file}; give .txt, .raw, .json, .jsonl, .json.gz or .parquet")
+    except (OSError, EOFError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         reason = " ".join(str(error).split())[:100]
         raise BitallocError(f"{file} does not hold texts as {file.suffix} files should ({reason})") from None
     if not isinstance(records, list) or not all(isinstance(record, str) for record in records):
-        raise BitallocError(f"{file} does not hold texts: a list of strings, or the field `text`, is expected")
+        raise BitallocError(f"{file} does not hold texts: a list of strings, or the field `{field}`, is expected")
     return records
 
 
@@ -123,7 +124,8 @@ def texts(name: str, corpus: Corpus, *, seed: int, splits: list[str]) -> list[tu
         if source == "docstrings":
             return [([split], _docstrings()[split]) for split in splits]
         try:
-            return [(splits, read_records(_hub_file(source) if source.startswith("hub:") else _local_file(source)))]
+            file = _hub_file(source) if source.startswith("hub:") else _local_file(source)
+            return [(splits, read_records(file, corpus.field))]
         except UnavailableError as reason:
             tried.append(f"{source} ({reason})")
     raise BitallocError(
@@ -191,6 +193,15 @@ def stream(
     return np.concatenate(ids), np.concatenate(sizes)
 
 
+def check_vocabulary(largest: int, vocabulary: int | None) -> None:
+    """Raise when a token id lies beyond the model's vocabulary."""
+    if vocabulary is not None and largest >= vocabulary:
+        raise BitallocError(
+            f"the tokenizer gives token {largest}, config.json has {vocabulary}; "
+            "put the model's own tokenizer.json beside config.json"
+        )
+
+
 # ---- windows -----------------------------------------------------------------------------------------
 def windows(
     config: Config, tokenizer: Tokenizer, *, bos: int | None, vocabulary: int | None, longest: int | None
@@ -214,11 +225,7 @@ def windows(
             counts = [wanted[split] for split in splits]
             needed = None if isinstance(records, list) else sum(counts) * length
             ids_T, nbytes_T = stream(tokenizer, records, separator=corpus.separator, bos=bos, needed=needed)
-            if vocabulary is not None and ids_T.size and ids_T.max() >= vocabulary:
-                raise BitallocError(
-                    f"the tokenizer gives token {ids_T.max()}, config.json has {vocabulary}; "
-                    "put the model's own tokenizer.json beside config.json"
-                )
+            check_vocabulary(ids_T.max(initial=0), vocabulary)
             available = len(ids_T) // length
             if available < sum(counts):
                 raise BitallocError(

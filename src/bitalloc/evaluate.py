@@ -29,11 +29,18 @@ from bitalloc.progress import Progress
 from bitalloc.provenance import source_digest
 from bitalloc.quant import CompressedMatrix
 from bitalloc.store import JSON, Store, digest
-from bitalloc.suites import SUITES, Head, Scored, Windows, intervals
+from bitalloc.suites import SUITES, Head, Scored, Windows, divergence, intervals
 from bitalloc.tables import EVALUATE, RESPONSES
 
 REFERENCE = "reference"
-_DERIVED = "nll_nats_per_token"  # ppl and median_nll follow from it
+_LOSS = "nll_nats_per_token"  # its median over windows is told too
+# what follows from the mean of a metric, by which function
+_DERIVED = {
+    _LOSS: ("ppl", np.exp),
+    "nats_per_word": ("word_perplexity", np.exp),
+    "nats_per_byte": ("byte_perplexity", np.exp),
+    divergence.DELTA_P2: ("delta_p_rms", np.sqrt),
+}
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,7 @@ def evaluate(
         remote_code=remote_code,
     )
     progress = Progress("evaluate", len(plans) + 1, unit="plans")
-    rows, protocols = [], {}
+    rows, statistics, protocols = [], [], {}
     for name, plan in {REFERENCE: None, **plans}.items():
         subject = bench.subject(name, plan)
         key = digest({"stage": "evaluate", "bench": bench.fingerprint, "weights": dict(subject.weights)})
@@ -91,9 +98,11 @@ def evaluate(
             store.put(key, record)
         progress.advance(cached=cached, note=name)
         rows.append(pd.DataFrame({"plan": name, **record["rows"]}))
+        statistics.append(pd.DataFrame(record["statistics"]).assign(plan=name))
         protocols |= {(suite, task): protocol for suite, task, protocol in record["protocols"]}
     responses = pd.concat(rows, ignore_index=True)[[column.name for column in RESPONSES.columns]]
-    return summarise(responses, protocols, resamples=settings.resamples, seed=seed), responses
+    whole = pd.concat(statistics, ignore_index=True)
+    return summarise(responses, protocols, whole, resamples=settings.resamples, seed=seed), responses
 
 
 class Bench:
@@ -186,7 +195,9 @@ class Bench:
         self.now = subject.weights
 
     def measure(self, name: str, subject: Subject) -> JSON:
-        """Rows of RESPONSES without `plan`, column by column, and (suite, task, protocol) triples."""
+        """Rows of RESPONSES and of EVALUATE (what tokens alone tell) without `plan`, column by column, and
+        (suite, task, protocol) triples.
+        """
         reference, reference_head = (
             (self.reference, self.reference_head) if "divergence" in self.suites else (None, None)
         )
@@ -201,25 +212,44 @@ class Bench:
         whole = pd.concat(frames)
         if not np.isfinite(whole["value"]).all():
             raise BitallocError(f"plan {name} makes the model's scores NaN or Inf; leave it out or rerun its sweep")
-        return {"rows": {column: whole[column].tolist() for column in whole}, "protocols": protocols}
+        told = divergence.statistics(scored) if "divergence" in self.suites else pd.DataFrame()
+        return {"rows": _columns(whole), "statistics": _columns(told), "protocols": protocols}
 
 
 def summarise(
-    responses: pd.DataFrame, protocols: Mapping[tuple[str, str], str], *, resamples: int, seed: int
+    responses: pd.DataFrame,
+    protocols: Mapping[tuple[str, str], str],
+    statistics: pd.DataFrame,
+    *,
+    resamples: int,
+    seed: int,
 ) -> pd.DataFrame:
-    """EVALUATE from RESPONSES: weighted means, ppl = exp(mean nll) and median_nll over windows, with intervals."""
+    """EVALUATE from RESPONSES: weighted means and what follows from them, median_nll over windows, flips of items,
+    with intervals; and `statistics` of single tokens (plan, suite, task, metric, value, n), without.
+    """
     draws = {"resamples": resamples, "seed": seed}
     rows = []
-    for (plan, suite, task, metric), part in responses.groupby(["plan", "suite", "task", "metric"], sort=False):
+    every = pd.concat([responses, divergence.flips(responses, REFERENCE)])
+    for (plan, suite, task, metric), part in every.groupby(["plan", "suite", "task", "metric"], sort=False):
         found = {metric: intervals.mean(part["value"], part["weight"], part["group"], **draws)}
-        if metric == _DERIVED:
-            nll = found[metric]
-            found["ppl"] = intervals.Interval(*np.exp([nll.value, nll.lo, nll.hi]).tolist(), nll.n)
+        if metric in _DERIVED:
+            mean, (name, function) = found[metric], _DERIVED[metric]
+            found[name] = intervals.Interval(*function([mean.value, mean.lo, mean.hi]).tolist(), mean.n)
+        if metric == _LOSS:
             found["median_nll"] = intervals.median(part["value"], part["group"], **draws)
         protocol = f"{protocols[suite, task]}; 95 % percentile bootstrap, {resamples} resamples"
         place = {"plan": plan, "suite": suite, "task": task}
         rows += [{**place, "metric": name, **vars(found[name]), "protocol": protocol} for name in found]
+    for row in statistics.to_dict("records"):
+        protocol = f"{protocols[row['suite'], row['task']]}; over tokens, taken as independent"
+        rows.append({**row, "lo": np.nan, "hi": np.nan, "protocol": protocol})
+    order = {plan: place for place, plan in enumerate(dict.fromkeys(responses["plan"]))}
+    rows.sort(key=lambda row: order[row["plan"]])
     return pd.DataFrame(rows, columns=[column.name for column in EVALUATE.columns])
+
+
+def _columns(frame: pd.DataFrame) -> JSON:
+    return {column: frame[column].tolist() for column in frame}
 
 
 def _frame_digest(frame: pd.DataFrame) -> str:

@@ -108,8 +108,11 @@ def markdown(
     sentences: Sequence[str],
     figures: Sequence[str],
     times: Sequence[Sequence[str]] = (),
+    protocols: pd.DataFrame | None = None,
 ) -> str:
-    """The page of a model. `sentences` sum up GOODHART; `figures` are links relative to the page; `times`: TIMES."""
+    """The page of a model. `sentences` sum up GOODHART; `figures` are links relative to the page; `times`: TIMES;
+    `protocols`: EVALUATE of the suite of this name.
+    """
     header, rows = _rows(plans, evaluate, checkpoints)
     tables_read = "plans, evaluate, checkpoints, goodhart, law, gates"
     parts = [
@@ -121,6 +124,8 @@ def markdown(
         "## What was reached",
         "A level counts as reached when the whole 95 % interval is beyond it.",
         _grid(("criterion", "value", *LEVELS, "reached"), _success(goodhart, law)),
+        *_divergence(plans, evaluate),
+        *([] if protocols is None else _protocols(protocols)),
         "## Figures",
         "\n\n".join(f"![{Path(figure).stem}]({figure})" for figure in figures),
         "## What this stands on",
@@ -249,6 +254,90 @@ def _note(evaluate: pd.DataFrame) -> str:
         f"PPL and KL (nats a token) on {corpus}, 95 % intervals; tasks in % right; sizes in brackets are predicted: "
         "no checkpoint was written."
     )
+
+
+KL_BLOCK = {
+    "mean KL": "kl_nats_per_token", "max": "kl_max", "99.9 %": "kl_p99.9", "99 %": "kl_p99", "median": "kl_p50",
+    "10 %": "kl_p10", "5 %": "kl_p5", "1 %": "kl_p1", "min": "kl_min",
+}  # fmt: skip
+P_BLOCK = {
+    "mean \u0394p": "delta_p", "RMS \u0394p": "delta_p_rms", "99 %": "delta_p_p99", "95 %": "delta_p_p95",
+    "median": "delta_p_p50", "5 %": "delta_p_p5", "1 %": "delta_p_p1", "same top": "top1",
+    "ln(PPL / PPL of reference)": "ln_ppl_ratio", "correlation of log p": "log_prob_correlation",
+}  # fmt: skip
+STANDARD_ERROR = {
+    "kl_nats_per_token": "kl_se", "delta_p": "delta_p_se", "delta_p_rms": "delta_p_rms_se", "top1": "top1_se",
+    "ln_ppl_ratio": "ln_ppl_ratio_se",
+}  # fmt: skip
+BLOCK_NOTE = (
+    "KL in nats a token; \u0394p: change of the right token's probability, in points; same top: share of tokens "
+    "with the reference's argmax, %. \u00b1 is one standard error, tokens taken as independent as in llama-perplexity; "
+    "the intervals in `evaluate.parquet` draw whole windows."
+)
+FLIPS = ("flips", "flips_to_wrong", "flips_to_right")
+FLIPS_NOTE = (
+    "Items whose answer changed, %: all = right to wrong + wrong to right. Accuracy shows the difference alone."
+)
+PROTOCOL = {
+    "PPL": ("ppl", "{:.3f} [{:.3f}, {:.3f}]"), "nats a token": ("nll_nats_per_token", "{:.4f}"),
+    "median": ("median_nll", "{:.4f}"), "bits a byte": ("bits_per_byte", "{:.4f} [{:.4f}, {:.4f}]"),
+    "PPL a word": ("word_perplexity", "{:.5g} [{:.5g}, {:.5g}]"),
+}  # fmt: skip
+PROTOCOL_NOTE = (
+    "Numbers compare with each other, and with published ones, under the same protocol, never across. The median is of "
+    "windows, of documents under `lm-eval`."
+)
+
+
+def _divergence(plans: pd.DataFrame, evaluate: pd.DataFrame) -> list[str]:
+    """The block of llama-perplexity for every named plan on the first report corpus, and the flips of every task."""
+    value = evaluate.set_index(["task", "plan", "metric"])["value"].sort_index()
+    named = plans.loc[plans["strategy"] != POOL, "plan"]
+    named = named[named.isin(evaluate["plan"])]
+    corpora = evaluate.loc[(evaluate["metric"] == "kl_se") & ~evaluate["task"].str.endswith("/select"), "task"]
+    parts = []
+    for corpus in corpora.iloc[:1]:
+        parts.append(f"## Divergence from the reference on {corpus}")
+        for block in (KL_BLOCK, P_BLOCK):
+            rows = [(plan, *(_told(value[corpus, plan], metric) for metric in block.values())) for plan in named]
+            parts.append(_grid(("plan", *block), rows))
+        parts.append(BLOCK_NOTE)
+    if tasks := list(dict.fromkeys(evaluate.loc[evaluate["metric"] == "flips", "task"])):
+        rows = [(plan, *(_flipped(value[task, plan]) for task in tasks)) for plan in named]
+        parts += ["## Answers that changed", _grid(("plan", *tasks), rows), FLIPS_NOTE]
+    return parts
+
+
+def _flipped(value: pd.Series) -> str:
+    whole, to_wrong, to_right = (100 * value[name] for name in FLIPS)
+    return f"{whole:.1f} = {to_wrong:.1f} + {to_right:.1f}" if whole else "0"
+
+
+def _told(value: pd.Series, metric: str) -> str:
+    """The metric of one plan and task, with its standard error if it has one; probabilities and shares in points."""
+    scale, digits = (100, 2) if metric.startswith(("delta_p", "top1")) else (1, 4)
+    if metric in STANDARD_ERROR:
+        return f"{scale * value[metric]:.{digits}f} \u00b1 {scale * value[STANDARD_ERROR[metric]]:.{digits}f}"
+    return f"{scale * value[metric]:.3g}"
+
+
+def _protocols(protocols: pd.DataFrame) -> list[str]:
+    """Perplexity of whole texts, text by text and protocol by protocol, and what each protocol does."""
+    rows = []
+    for (task, plan), part in protocols.groupby(["task", "plan"], sort=False):
+        found = part.set_index("metric")[["value", "lo", "hi"]]
+        cells = (shape.format(*found.loc[name]) if name in found.index else "-" for name, shape in PROTOCOL.values())
+        rows.append((*task.rsplit("/", 1), plan, *cells))
+    how = dict(zip(protocols["task"], protocols["protocol"], strict=True))
+    rows.sort(key=lambda row: list(how).index("/".join(row[:2])))
+    return [
+        "## Perplexity of whole texts, by protocol",
+        _grid(
+            ("text", "protocol", "plan", *PROTOCOL), sorted(rows, key=lambda row: list(how).index("/".join(row[:2])))
+        ),
+        PROTOCOL_NOTE,
+        "\n".join(f"- `{task}`: {protocol}." for task, protocol in how.items()),
+    ]
 
 
 def _verdicts(gates: pd.DataFrame) -> list[str]:

@@ -107,7 +107,7 @@ _INTERVAL = (
     Column("value", FLOAT, "the point estimate, unit by metric", nullable=True),
     Column("lo", FLOAT, "lower end of the 95 % interval", nullable=True),
     Column("hi", FLOAT, "upper end of the 95 % interval", nullable=True),
-    Column("n", INT, "independent units behind the value: windows, items or plans"),
+    Column("n", INT, "units behind the value: windows, documents, items, plans; tokens where it has no interval"),
 )
 
 
@@ -167,6 +167,22 @@ ITEMS = Table(
         Column("choices", INTSS, "token ids of each possible continuation; one = greedy generation must match it"),
         Column("answer", INT, "index of the right choice"),
         Column("chance", FLOAT, "accuracy of guessing, 0 to 1"),
+    ),
+)
+READINGS = Table(
+    "readings",
+    "Whole texts as the protocols of perplexity read them; empty where the configuration names no protocol.",
+    ("protocol", "corpus", "window"),
+    (
+        Column("protocol", STR, "gptq, lm-eval or llama.cpp"),
+        Column("corpus", STR, "name of the corpus in the configuration"),
+        Column("window", INT, "index within protocol and corpus"),
+        Column("document", INT, "what is averaged over: the document of lm-eval, the window of the others"),
+        Column("tokens", INTS, "token ids"),
+        Column("scored", INT, "tokens at the end of the window that are scored"),
+        Column("nbytes", INT, "UTF-8 bytes of the text behind them; those of a document stand in its first window"),
+        Column("words", INT, "words of the document, likewise; 0 where the protocol counts none"),
+        Column("how", STR, "the protocol in full, and how far the text was read"),
     ),
 )
 MOMENTS = Table(
@@ -341,12 +357,13 @@ EVALUATE = Table(
     ("plan", "suite", "task", "metric"),
     (
         Column("plan", STR, "name of the plan"),
-        Column("suite", STR, "perplexity, divergence or world"),
-        Column("task", STR, "<corpus>/<split>, or task"),
+        Column("suite", STR, "perplexity, divergence, world or protocols"),
+        Column("task", STR, "<corpus>/<split>, <corpus>/<protocol>, or task"),
         Column(
             "metric",
             STR,
-            "nll_nats_per_token, ppl, median_nll, bits_per_byte, kl_nats_per_token, top1, acc, margin_nats",
+            "nll_nats_per_token, ppl, median_nll, bits_per_byte; kl_nats_per_token, top1, delta_p, ln_ppl_ratio, their "
+            "percentiles and standard errors; word_perplexity, byte_perplexity; acc, margin_nats, flips",
         ),
         *_INTERVAL,
         Column("protocol", STR, "how it was measured, in full"),
@@ -358,10 +375,10 @@ RESPONSES = Table(
     ("plan", "suite", "task", "metric", "item"),
     (
         Column("plan", STR, "name of the plan"),
-        Column("suite", STR, "perplexity, divergence or world"),
-        Column("task", STR, "<corpus>/<split>, or task"),
+        Column("suite", STR, "perplexity, divergence, world or protocols"),
+        Column("task", STR, "<corpus>/<split>, <corpus>/<protocol>, or task"),
         Column("metric", STR, "as in EVALUATE, before averaging"),
-        Column("item", INT, "window or item"),
+        Column("item", INT, "window, document or item"),
         Column("group", STR, "cluster for resampling"),
         Column("value", FLOAT, "the response"),
         Column("weight", FLOAT, "tokens or bytes behind it, or 1"),
@@ -422,7 +439,7 @@ BACKENDS = Table(
 TABLES = {
     table.name: table
     for table in (
-        INVENTORY, TOKENS, ITEMS, MOMENTS, SWEEP, SENSITIVITY, EMBEDDINGS, LAW, RESIDUALS, COSTS, PLAN, PLANS,
+        INVENTORY, TOKENS, ITEMS, READINGS, MOMENTS, SWEEP, SENSITIVITY, EMBEDDINGS, LAW, RESIDUALS, COSTS, PLAN, PLANS,
         CHECKPOINTS, EXPORTS, EVALUATE, RESPONSES, GATES, GOODHART, BACKENDS,
     )
 }  # fmt: skip

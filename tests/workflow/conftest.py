@@ -33,7 +33,7 @@ SMALL = {
     "fit": {"resamples": 20, "extra_ranks": []},
     "allocate": {"budgets": ["2.55bpw"], "pool": 3, "runners_up": 1},
     "compress": {"plans": ["best"]},
-    "evaluate": {"resamples": 100, "jobs": 1},
+    "evaluate": {"resamples": 100, "jobs": 1, "texts": ["docstrings"], "documents": 24},
     "analyze": {"resamples": 100, "folds": 4},
     "gates": {"mode": "warn"},
 }

@@ -23,12 +23,17 @@ def test_every_product_is_there_and_every_table_is_of_its_schema(finished):
     results = finished.folder / "results/tiny"
     assert (results / "goodhart.png").stat().st_size > 20_000
     assert "best-2.55bpw" in (results / "report.md").read_text()
-    for name in ("inventory", "tokens", "items", "moments", "sweep", "sensitivity", "law", "plans", "checkpoints"):
+    assert (results / "domains.png").stat().st_size > 20_000
+    made = "inventory tokens items readings moments sweep sensitivity law plans checkpoints"
+    for name in made.split():
         assert len(tables.TABLES[name].read(results / f"{name}.parquet"))
     plans = tables.PLANS.read(results / "plans.parquet").set_index("plan")
     assert (plans["nbytes"] <= plans["budget_bytes"]).all()
     scores = tables.EVALUATE.read(results / "evaluate.parquet")
     assert set(plans.index) | {"reference"} == set(scores["plan"])
+    whole = tables.EVALUATE.read(results / "protocols.parquet")
+    assert set(whole["plan"]) == {"reference", "best-2.55bpw", "uniform-2.55bpw"}
+    assert set(whole["task"]) == {f"docstrings/{protocol}" for protocol in ("gptq", "lm-eval", "llama.cpp")}
 
 
 def test_bytes_on_disk_are_the_promised_ones(finished):

@@ -22,7 +22,7 @@ from bitalloc.sweep import units
 # the maths library takes fewer threads on a busy machine unless told not to, and then last digits differ
 os.environ.setdefault("MKL_DYNAMIC", "FALSE")
 
-PRODUCTS = ["goodhart.png", "report.md", "sensitivity.png", "errors.png", "law.png"]
+PRODUCTS = ["goodhart.png", "report.md", "domains.png", "sensitivity.png", "errors.png", "law.png"]
 
 
 def checked(function):
@@ -181,6 +181,12 @@ def backends_parts(wildcards):
                 raise BitallocError(f"unknown {what} {name!r} in the section backends: {nearest(name, known)}")
     pattern = "results/{model}/backends/{plan}/{backend}.parquet"
     return expand(pattern, model=wildcards.model, plan=asked.plans or plans[:1], backend=asked.names)
+
+
+def protocols(wildcards):
+    """Input function: scores of whole texts, where the configuration names a protocol."""
+    named = settings(wildcards.model).evaluate.protocols
+    return f"results/{wildcards.model}/protocols.parquet" if named else []
 
 
 def evaluate_parts(pattern):

@@ -73,3 +73,31 @@ rule evaluate_merge:
         code=code("tables"),
     script:
         "../../scripts/evaluate_merge.py"
+
+
+rule evaluate_protocols:
+    input:
+        compress=passed("compress"),
+        checkpoint="results/{model}/checkpoint.json",
+        inventory="results/{model}/inventory.parquet",
+        moments="results/{model}/moments.parquet",
+        embeddings=embeddings,
+        readings="results/{model}/readings.parquet",
+        items_table="results/{model}/items.parquet",
+        plans="results/{model}/plans.parquet",
+        folder="results/{model}/plans",
+        checkpoints="results/{model}/checkpoints.parquet",
+    output:
+        "results/{model}/protocols.parquet",
+    log:
+        "logs/{model}/evaluate_protocols.log",
+    conda:
+        "../../envs/bitalloc.yaml"
+    threads: threads
+    resources:
+        gpu=gpu,
+    params:
+        settings=section("evaluate", "sweep", "store", "device", "seed"),
+        code=code("evaluate"),
+    script:
+        "../../scripts/evaluate_protocols.py"

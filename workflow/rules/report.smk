@@ -10,7 +10,8 @@ rule report:
         law="results/{model}/law.parquet",
         goodhart="results/{model}/goodhart.parquet",
         gates="results/{model}/gates.parquet",
-        figures=expand("results/{{model}}/{name}.png", name=["goodhart", "sensitivity", "errors", "law"]),
+        protocols=protocols,
+        figures=expand("results/{{model}}/{name}.png", name=["goodhart", "domains", "sensitivity", "errors", "law"]),
     output:
         report("results/{model}/report.md", caption="../report/report.rst", category="{model}"),
     log:
@@ -43,3 +44,22 @@ rule report_figures:
         code=code("figures"),
     script:
         "../../scripts/report_figures.py"
+
+
+rule report_domains:
+    input:
+        plans="results/{model}/plans.parquet",
+        checkpoints="results/{model}/checkpoints.parquet",
+        goodhart="results/{model}/goodhart.parquet",
+        gates="results/{model}/gates.parquet",
+    output:
+        report("results/{model}/domains.png", caption="../report/domains.rst", category="{model}"),
+    log:
+        "logs/{model}/report_domains.log",
+    conda:
+        "../../envs/bitalloc.yaml"
+    params:
+        settings=section("retrieve"),
+        code=code("figures"),
+    script:
+        "../../scripts/report_domains.py"

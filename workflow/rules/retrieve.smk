@@ -35,6 +35,22 @@ rule retrieve_corpora:
         "../../scripts/retrieve_corpora.py"
 
 
+rule retrieve_readings:
+    input:
+        checkpoint="results/{model}/checkpoint.json",
+    output:
+        "results/{model}/readings.parquet",
+    log:
+        "logs/{model}/retrieve_readings.log",
+    conda:
+        "../../envs/bitalloc.yaml"
+    params:
+        settings=section("retrieve", "evaluate", "corpora", "seed"),
+        code=code("protocols"),
+    script:
+        "../../scripts/retrieve_readings.py"
+
+
 rule train_tiny:
     output:
         "resources/tiny/model.safetensors",

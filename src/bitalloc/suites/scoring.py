@@ -120,10 +120,12 @@ class Head:
 def compare(
     head: Head, batch: Batch, h_ND: torch.Tensor, reference_ND: torch.Tensor | None, reference_head: Head | None = None
 ) -> dict[str, torch.Tensor]:
-    """Scores of every position: `nll` (nats), `greedy` (the target is the argmax), `kl` (nats) and `top1`.
+    """Scores of every position: `nll` (nats), `greedy` (the target is the argmax), `kl` (nats), `top1` and
+    `nll_reference` (nats).
 
     nll = -log q(target). kl = sum_v p(v) (log p(v) - log q(v)), the reference's p over the full vocabulary;
-    top1 = both have the same argmax. The last two need the reference's hidden states, and its head where that differs.
+    top1 = both have the same argmax; nll_reference = -log p(target). The last three need the reference's hidden
+    states, and its head where that differs.
     """
     found: dict[str, list[torch.Tensor]] = {}
     size, device = max(1, CHUNK // len(head.weight_VD)), head.weight_VD.device
@@ -138,6 +140,7 @@ def compare(
         if reference_ND is not None:
             log_p = (reference_head or head).logits(reference_ND[span].to(device)).log_softmax(-1)
             scores["top1"] = (best == log_p.argmax(-1)).float()
+            scores["nll_reference"] = -log_p.gather(-1, batch.target_N[span, None])[:, 0]
             scores["kl"] = (log_p.exp() * log_q.neg_().add_(log_p)).sum(-1)
         for name, score_N in scores.items():
             found.setdefault(name, []).append(score_N)
@@ -148,7 +151,8 @@ class Windows:
     """The token windows of one split, ready to be read.
 
     Every token but the first of a window is scored; with a stride only the last `stride` tokens are, as when a
-    window slides over the text by `stride` tokens and scores what is new, each with the context before it.
+    window slides over the text by `stride` tokens and scores what is new, each with the context before it. A column
+    `scored` says for each window how many of its last tokens are.
     """
 
     def __init__(self, frame: pd.DataFrame, *, batch: int, device: torch.device, stride: int | None = None) -> None:
@@ -160,8 +164,10 @@ class Windows:
         self.frame = frame.reset_index(drop=True)
         self.longest = max(map(len, frame["tokens"]))
         self.stride = min(stride or self.longest, self.longest)
+        scored = frame["scored"] if "scored" in frame else [self.stride] * len(frame)
         readings = [
-            _last(np.asarray(tokens).tolist(), self.stride, owner) for owner, tokens in enumerate(frame["tokens"])
+            _last(np.asarray(tokens).tolist(), count, owner)
+            for owner, (tokens, count) in enumerate(zip(frame["tokens"], scored, strict=True))
         ]
         self.device, self.budget = device, batch * self.longest  # tokens a forward pass
         self.batches = batches(readings, tokens=self.budget, device=device)
@@ -182,7 +188,6 @@ class Windows:
         """h_ND of every batch."""
         return [hidden(model, batch) for batch in self.batches]
 
-    @torch.inference_mode()
     def scores(
         self,
         head: Head,
@@ -191,14 +196,32 @@ class Windows:
         reference_head: Head | None = None,
     ) -> pd.DataFrame:
         """Mean `nll`, and `kl` and `top1` where a reference is given, with `tokens` scored, one row a window."""
-        sums: dict[str, np.ndarray] = {}
+        return self.means(self.tokens(head, hidden, reference, reference_head))
+
+    @torch.inference_mode()
+    def tokens(
+        self,
+        head: Head,
+        hidden: Iterable[torch.Tensor],
+        reference: Sequence[torch.Tensor] | None = None,
+        reference_head: Head | None = None,
+    ) -> pd.DataFrame:
+        """What `compare` says of every scored token, in float32, and the `window` that it lies in."""
+        found: dict[str, list[np.ndarray]] = {}
         for place, (batch, h_ND) in enumerate(zip(self.batches, hidden, strict=True)):
             before_ND = None if reference is None else reference[place]
             scores = compare(head, batch, h_ND, before_ND, reference_head)
-            for name, score_N in {**scores, "tokens": torch.ones_like(scores["nll"])}.items():
-                sums[name] = sums.get(name, 0) + total(score_N, batch.owner_N, len(self.frame))
-        count = sums.pop("tokens")
-        return pd.DataFrame({name: values / count for name, values in sums.items()} | {"tokens": count})
+            for name, score_N in {**scores, "window": batch.owner_N}.items():
+                found.setdefault(name, []).append(score_N.cpu().numpy())
+        return pd.DataFrame({name: np.concatenate(parts) for name, parts in found.items()})
+
+    def means(self, tokens: pd.DataFrame) -> pd.DataFrame:
+        """Means over each window's tokens, summed in float64, and their number `tokens`; one row a window."""
+        window_N, windows = tokens["window"].to_numpy(), len(self.frame)
+        count = np.bincount(window_N, minlength=windows)
+        scores = tokens.drop(columns="window").astype("float64")
+        sums = {name: np.bincount(window_N, scores[name], minlength=windows) for name in scores}
+        return pd.DataFrame({name: values / count for name, values in sums.items()} | {"tokens": count.astype(float)})
 
     def responses(self, suite: str, metric: str, value: pd.Series, weight: pd.Series) -> pd.DataFrame:
         """Rows of RESPONSES without `plan`, one a window; the task is <corpus>/<split>."""
@@ -246,10 +269,15 @@ class Scored:
     reference_head: Head | None = None
 
     @cached_property
-    def scores(self) -> pd.DataFrame:
-        """Scores of every window: one forward pass, shared by the suites."""
+    def tokens(self) -> pd.DataFrame:
+        """Scores of every token: one forward pass, shared by the suites."""
         own = self.own or (hidden(self.model, batch) for batch in self.windows.batches)
-        return self.windows.scores(self.head, own, self.reference, self.reference_head)
+        return self.windows.tokens(self.head, own, self.reference, self.reference_head)
+
+    @cached_property
+    def scores(self) -> pd.DataFrame:
+        """Their means over every window."""
+        return self.windows.means(self.tokens)
 
 
 Responses = tuple[pd.DataFrame, dict[str, str]]  # rows of RESPONSES without `plan`, and task -> protocol
