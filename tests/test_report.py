@@ -31,7 +31,6 @@ def page(results, **changes):
         results.plans,
         results.evaluate,
         results.responses,
-        results.items,
         settings=Analyze(resamples=50, folds=2),
         seed=0,
     )

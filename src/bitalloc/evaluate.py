@@ -29,7 +29,7 @@ from bitalloc.progress import Progress
 from bitalloc.provenance import source_digest
 from bitalloc.quant import CompressedMatrix
 from bitalloc.store import JSON, Store, digest
-from bitalloc.suites import SUITES, Head, Scored, Windows, intervals
+from bitalloc.suites import SUITES, Head, Scored, Windows, downstream, intervals
 from bitalloc.tables import EVALUATE, RESPONSES
 
 REFERENCE = "reference"
@@ -78,9 +78,12 @@ def evaluate(
         items=items,
         suites=names,
         remote_code=remote_code,
+        settings=settings,
+        store=store,
+        seed=seed,
     )
     progress = Progress("evaluate", len(plans) + 1, unit="plans")
-    rows, protocols = [], {}
+    rows, protocols, chances = [], {}, {}
     for name, plan in {REFERENCE: None, **plans}.items():
         subject = bench.subject(name, plan)
         key = digest({"stage": "evaluate", "bench": bench.fingerprint, "weights": dict(subject.weights)})
@@ -91,9 +94,10 @@ def evaluate(
             store.put(key, record)
         progress.advance(cached=cached, note=name)
         rows.append(pd.DataFrame({"plan": name, **record["rows"]}))
-        protocols |= {(suite, task): protocol for suite, task, protocol in record["protocols"]}
+        protocols |= {(name, suite, task): protocol for suite, task, protocol in record["protocols"]}
+        chances |= {tuple(place): chance for *place, chance in record["chances"]}
     responses = pd.concat(rows, ignore_index=True)[[column.name for column in RESPONSES.columns]]
-    return summarise(responses, protocols, resamples=settings.resamples, seed=seed), responses
+    return summarise(responses, protocols, chances, resamples=settings.resamples, seed=seed), responses
 
 
 class Bench:
@@ -109,7 +113,11 @@ class Bench:
         items: pd.DataFrame,
         suites: list[str],
         remote_code: bool,
+        settings: config.Evaluate = config.Evaluate(),  # noqa: B008 - frozen
+        store: Store | None = None,
+        seed: int = 0,
     ) -> None:
+        self.settings, self.store, self.seed = settings, store, seed
         self.path, self.inventory, self.experiments = path, inventory, experiments
         self.windows, self.items, self.suites = windows, items, suites
         self.device, self.remote_code = windows.device, remote_code
@@ -121,6 +129,8 @@ class Bench:
     def fingerprint(self) -> str:
         """Everything but the plan that a score depends on."""
         settings = [self.windows.protocol, self.windows.budget, self.device.type, self.suites]
+        if "downstream" in self.suites:
+            settings += [downstream.fingerprint(self.settings.tasks), self.settings.batch, self.seed]
         data = [checkpoints.source_identity(self.inventory), *map(_frame_digest, (self.windows.frame, self.items))]
         return digest([source_digest("bitalloc.evaluate"), settings, data])
 
@@ -133,6 +143,14 @@ class Bench:
         head = Head(self.model)
         head.refuse(self.model, self.claimed)
         return head
+
+    @cached_property
+    def harness(self) -> downstream.Harness | None:
+        """The tasks of suite downstream, if there are any, their prompts made once for all plans."""
+        if not ("downstream" in self.suites and self.settings.tasks and self.store):
+            return None
+        settings, seed = self.settings, self.seed
+        return downstream.Harness(self.model, self.head, path=self.path, settings=settings, store=self.store, seed=seed)
 
     @cached_property
     def reference(self) -> list[torch.Tensor]:
@@ -181,7 +199,10 @@ class Bench:
         reference = self.reference if "divergence" in self.suites else None
         self.put_on(subject)
         own = None if subject.weights else reference
-        scored = Scored(self.model, self.head, self.windows, self.items, reference, own)
+        identity = digest([checkpoints.source_identity(self.inventory), dict(subject.weights)])
+        scored = Scored(
+            self.model, self.head, self.windows, self.items, reference, own, harness=self.harness, identity=identity
+        )
         frames, protocols = [], []
         for suite in self.suites:
             rows, by_task = SUITES[suite](scored)
@@ -190,13 +211,29 @@ class Bench:
         whole = pd.concat(frames)
         if not np.isfinite(whole["value"]).all():
             raise BitallocError(f"plan {name} makes the model's scores NaN or Inf; leave it out or rerun its sweep")
-        return {"rows": {column: whole[column].tolist() for column in whole}, "protocols": protocols}
+        chances = []
+        if "chance" in whole:
+            guessed = whole.dropna(subset="chance").groupby(["suite", "task", "metric"])["chance"].mean()
+            chances = [[*place, float(chance)] for place, chance in guessed.items()]
+            whole = whole.drop(columns="chance")
+        rows = {column: whole[column].tolist() for column in whole}
+        return {"rows": rows, "protocols": protocols, "chances": chances}
 
 
 def summarise(
-    responses: pd.DataFrame, protocols: Mapping[tuple[str, str], str], *, resamples: int, seed: int
+    responses: pd.DataFrame,
+    protocols: Mapping[tuple[str, str, str], str],
+    chances: Mapping[tuple[str, ...], float],
+    *,
+    resamples: int,
+    seed: int,
 ) -> pd.DataFrame:
-    """EVALUATE from RESPONSES: weighted means, ppl = exp(mean nll) and median_nll over windows, with intervals."""
+    """EVALUATE from RESPONSES: weighted means, ppl = exp(mean nll) and median_nll over windows, with intervals.
+
+    Metrics of lm-eval (`acc,none`) have its standard error beside them (`acc_stderr,none`). `chances`, by suite, task
+    and metric, are the scores of guessing: a task is at the floor when the interval of the reference reaches down to
+    its own.
+    """
     draws = {"resamples": resamples, "seed": seed}
     rows = []
     for (plan, suite, task, metric), part in responses.groupby(["plan", "suite", "task", "metric"], sort=False):
@@ -205,10 +242,19 @@ def summarise(
             nll = found[metric]
             found["ppl"] = intervals.Interval(*np.exp([nll.value, nll.lo, nll.hi]).tolist(), nll.n)
             found["median_nll"] = intervals.median(part["value"], part["group"], **draws)
-        protocol = f"{protocols[suite, task]}; 95 % percentile bootstrap, {resamples} resamples"
+        if suite == "downstream":
+            error = intervals.standard_error(part["value"], part["group"])
+            found[metric.replace(",", "_stderr,")] = intervals.Interval(error, np.nan, np.nan, len(part))
+        protocol = f"{protocols[plan, suite, task]}; 95 % percentile bootstrap, {resamples} resamples"
         place = {"plan": plan, "suite": suite, "task": task}
         rows += [{**place, "metric": name, **vars(found[name]), "protocol": protocol} for name in found]
-    return pd.DataFrame(rows, columns=[column.name for column in EVALUATE.columns])
+    frame = pd.DataFrame(rows)
+    keys = ["suite", "task", "metric"]
+    frame["chance"] = [chances.get(place, np.nan) for place in frame[keys].itertuples(index=False, name=None)]
+    floor = frame[(frame["plan"] == REFERENCE) & (frame["lo"] <= frame["chance"])]
+    at_floor = pd.MultiIndex.from_frame(frame[keys]).isin(pd.MultiIndex.from_frame(floor[keys]))
+    frame["status"] = np.where(at_floor, "floor", "ok")
+    return frame[[column.name for column in EVALUATE.columns]]
 
 
 def _frame_digest(frame: pd.DataFrame) -> str:

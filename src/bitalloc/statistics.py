@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 from scipy.stats import binom, rankdata
 
 MIN_CLUSTERS = 10  # a bootstrap over fewer is far too narrow
 Z = 1.959964
+ACCURACIES = ("acc", "exact_match,strict-match", "acc_norm,none", "acc,none")  # the first that a task has counts
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,22 @@ class Scores:
         """Means of the plans in every resample, which takes item i `counts_RI[r, i]` times."""
         weights_RI = counts_RI * self.weight_I
         return weights_RI @ np.stack([self.of(plan) for plan in plans]).T / weights_RI.sum(1, keepdims=True)
+
+
+def accuracies(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows of EVALUATE or RESPONSES that hold the accuracy of a task, one metric each, under the name `acc`.
+
+    A task in parts (mmlu_anatomy and others beside mmlu) counts as a whole.
+
+    >>> metrics = ["acc_norm,none", "acc,none", "acc,none", "acc,none"]
+    >>> accuracies(pd.DataFrame({"task": ["piqa", "piqa", "mmlu", "mmlu_anatomy"], "metric": metrics})).to_dict("list")
+    {'task': ['piqa', 'mmlu'], 'metric': ['acc', 'acc']}
+    """
+    rows = frame[frame["metric"].isin(ACCURACIES)]
+    best = rows["metric"].map(ACCURACIES.index).groupby(rows["task"]).min()
+    whole = {task for task in best.index if not any(task.startswith(f"{other}_") for other in best.index)}
+    chosen = rows["task"].isin(whole) & (rows["metric"].map(ACCURACIES.index) == rows["task"].map(best))
+    return rows[chosen].assign(metric="acc")
 
 
 def resample(group_I: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:

@@ -311,14 +311,17 @@ EVALUATE = Table(
     ("plan", "suite", "task", "metric"),
     (
         Column("plan", STR, "name of the plan"),
-        Column("suite", STR, "perplexity, divergence or world"),
+        Column("suite", STR, "perplexity, divergence, world or downstream"),
         Column("task", STR, "<corpus>/<split>, or task"),
         Column(
             "metric",
             STR,
-            "nll_nats_per_token, ppl, median_nll, bits_per_byte, kl_nats_per_token, top1, acc, margin_nats",
+            "nll_nats_per_token, ppl, median_nll, bits_per_byte, kl_nats_per_token, top1, acc, margin_nats; of "
+            "downstream lm-eval's: acc,none, acc_stderr,none, exact_match,strict-match, ...",
         ),
         *_INTERVAL,
+        Column("chance", FLOAT, "the score of guessing, where there is one", nullable=True),
+        Column("status", STR, "ok, or floor: the interval of the reference reaches down to chance"),
         Column("protocol", STR, "how it was measured, in full"),
     ),
 )
@@ -328,7 +331,7 @@ RESPONSES = Table(
     ("plan", "suite", "task", "metric", "item"),
     (
         Column("plan", STR, "name of the plan"),
-        Column("suite", STR, "perplexity, divergence or world"),
+        Column("suite", STR, "perplexity, divergence, world or downstream"),
         Column("task", STR, "<corpus>/<split>, or task"),
         Column("metric", STR, "as in EVALUATE, before averaging"),
         Column("item", INT, "window or item"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from bitalloc.suites import divergence, perplexity, world
+from bitalloc.suites import divergence, downstream, perplexity, world
 from bitalloc.suites.scoring import Head, Responses, Scored, Windows
 
 Suite = Callable[[Scored], Responses]
@@ -13,6 +13,7 @@ SUITES: dict[str, Suite] = {
     "perplexity": perplexity.responses,
     "divergence": divergence.responses,
     "world": world.responses,
+    "downstream": downstream.responses,
 }
 
 __all__ = ["SUITES", "Head", "Responses", "Scored", "Suite", "Windows"]

@@ -214,7 +214,8 @@ class Scored:
     """A model in one state, and what the suites read with it.
 
     `reference` are the cached hidden states of the unquantised model over `windows`; `own` those of this
-    model, where they are known already.
+    model, where they are known already. `harness` are the tasks of suite downstream, `identity` says which weights
+    the model has.
     """
 
     model: Any
@@ -223,6 +224,8 @@ class Scored:
     items: pd.DataFrame
     reference: Sequence[torch.Tensor] | None = None
     own: Sequence[torch.Tensor] | None = None
+    harness: Any = None
+    identity: str = ""
 
     @cached_property
     def scores(self) -> pd.DataFrame:
