@@ -103,6 +103,19 @@ def forms(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows = [{"question": text(5, 12), "answer": f"{text(3, 6)}\n#### {rng.randint(1, 99)}"} for _ in range(count)]
         write(f"gsm8k/{name}.jsonl", list(map(json.dumps, rows)))
         hub[f"gsm8k/{split}"] = rows
+    choices = {"text": ["cat", "dog", "a mat"], "label": ["1", "2", "3"]}
+    plain = {
+        "arc_easy/test": [
+            {"question": text(3, 9), "choices": choices, "answerKey": str(at % 3 + 1)} for at in range(5)
+        ],
+        "winogrande/validation": [
+            {"sentence": f"{text(2, 5)} _ {text(2, 5)}", "option1": "cat", "option2": "dog", "answer": str(at % 2 + 1)}
+            for at in range(6)
+        ],
+        "lambada_openai/test": [{"text": text(6, 20)} for _ in range(5)],
+    }
+    for place, rows in plain.items():
+        write(f"{place}.jsonl", list(map(json.dumps, rows)))
     for place, rows in hub.items():
         write(f"hub/{place}.jsonl", list(map(json.dumps, rows)))
     return folder
@@ -215,37 +228,44 @@ def test_local_forms_give_the_requests_of_lm_evals_own_task(
 def test_metrics_are_those_of_simple_evaluate(
     forms: Path, model: Any, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All items, and a draw; values, standard errors and the items they stand for."""
+    """Means and standard errors, of all items and of a draw."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_defaults=False)  # it lists all of lm-eval otherwise
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)  # runs pip for ten seconds
-    for limit in (None, 4):
-        chosen = tasks(forms, **{name: {"limit": limit} for name in tasks(forms)})
-        ours = harness(model, path, chosen, tmp_path, seed=3)
-        rows, protocols = ours("weights", ours.lm.head)
-        frame = stage.summarise(
-            rows.assign(plan="reference"), {("reference", "downstream", t): p for t, p in protocols.items()}, {},
-            resamples=50, seed=0,
-        ).set_index(["task", "metric"])["value"]  # fmt: skip
-        with downstream._quiet():
-            fresh = [task for several in downstream.load(chosen).values() for task in several]
-            drawn = {part.name: part.ids for part in ours.parts}
-            theirs = simple_evaluate(
-                hflm(model, path), tasks=fresh, samples=drawn, bootstrap_iters=10, task_manager=manager
-            )
-        expected = {
-            (task, metric): value
-            for task, scores in theirs["results"].items()
-            for metric, value in scores.items()
-            if "," in metric
-        }
-        assert frame.to_dict() == pytest.approx(expected)
-        assert len(expected) == 14
-        assert {name: len(part) for name, part in theirs["samples"].items() if name != "gsm8k"} == {
-            part.name: len(part.ids) for part in ours.parts if part.name != "gsm8k"
-        }
+    others = {name: Task(data=str(forms / name)) for name in ("arc_easy", "winogrande", "lambada_openai")}
+    chosen = tasks(forms, mmlu_anatomy={"limit": 4}, gsm8k={"limit": 4, "fewshot": 2}) | others
+    ours = harness(model, path, chosen, tmp_path, seed=3)
+    rows, protocols = ours("weights", ours.lm.head)
+    frame = stage.summarise(
+        rows.assign(plan="reference"), {("reference", "downstream", t): p for t, p in protocols.items()}, {},
+        resamples=50, seed=0,
+    ).set_index(["task", "metric"])["value"]  # fmt: skip
+    drawn = {part.name: part.ids for part in ours.parts}
+    assert (len(drawn["gsm8k"]), len(drawn["piqa"])) == (4, 11)
+    with downstream._quiet():
+        fresh = [task for several in downstream.load(chosen).values() for task in several]
+        theirs = simple_evaluate(
+            hflm(model, path), tasks=fresh, samples=drawn, bootstrap_iters=10, task_manager=manager
+        )
+    expected = {
+        (task, metric): value
+        for task, scores in theirs["results"].items()
+        for metric, value in scores.items()
+        if "," in metric and "perplexity" not in metric  # no mean over items
+    }
+    assert frame.to_dict() == pytest.approx(expected)
+    assert len(expected) == 22
+
+
+def test_rows_of_the_hub_are_read_from_parquet_too(forms: Path, tmp_path: Path) -> None:
+    rows = downstream.read("arc_easy", forms / "arc_easy")["test"]
+    pd.DataFrame(rows).to_parquet(tmp_path / "test-00000-of-00001.parquet")
+    assert downstream.read("arc_easy", tmp_path)["test"] == rows
+    (tmp_path / "test-00000-of-00001.parquet").write_bytes(b"PAR1")
+    with pytest.raises(BitallocError, match=r"cannot read .*parquet"):
+        downstream.read("arc_easy", tmp_path)
 
 
 def test_subjects_make_up_mmlu_and_its_error_is_lm_evals(model: Any, path: Path, tmp_path: Path) -> None:

@@ -32,6 +32,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 from bitalloc import config
@@ -139,8 +141,15 @@ def _rows(folder: Path, split: str) -> Rows:
         if file.suffix == ".jsonl":
             return [_json(file, number, line) for number, line in enumerate(_lines(file), 1) if line.strip()]
         if file.suffix == ".parquet":
-            return pd.read_parquet(file).to_dict("records")
+            return _parquet(file)
     return []
+
+
+def _parquet(file: Path) -> Rows:
+    try:
+        return pq.read_table(file).to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise BitallocError(f"cannot read {file}: {str(error).splitlines()[0]}") from None
 
 
 def _json(file: Path, number: int, line: str) -> dict[str, Any]:
@@ -237,17 +246,19 @@ def load(tasks: Mapping[str, config.Task]) -> dict[str, list[Any]]:
     places = {"include_path": sorted({str(root / FOLDERS[_kind(name)]) for name in tasks})} if known else {}
     with _quiet():
         manager = TaskManager(include_defaults=not known, **places)  # all of lm-eval's 10,000 take ten seconds to list
-    names = [*manager.all_subtasks, "mmlu"]
+    ours = {entry.name for entry in manager.task_index.values() if str(root / FOLDERS["mmlu"]) in str(entry.yaml_path)}
+    subjects = sorted(ours.intersection(manager.all_subtasks))
+    names = [name for name in manager.all_subtasks if _kind(name) != "mmlu"] + [*subjects, "mmlu"]
     if unknown := [name for name in tasks if name not in names]:
         raise BitallocError(f"unknown task {unknown[0]!r} in evaluate.tasks: {nearest(unknown[0], names)}")
-    members = {name: [name] for name in tasks}
-    if "mmlu" in tasks:
-        members["mmlu"] = [name for name in manager.all_subtasks if name.startswith("mmlu_")]
+    members = {name: subjects if name == "mmlu" else [name] for name in tasks}
     return {name: [_task(manager, member, name, tasks[name]) for member in members[name]] for name in tasks}
 
 
 def _task(manager: Any, name: str, parent: str, settings: config.Task) -> Any:
     source = local(name, settings)
+    if source is None:
+        print(f"task {name}: no local copy, asking the hub", file=sys.stderr, flush=True)
     fewshot = FEWSHOT.get(_kind(name)) if settings.fewshot is None else settings.fewshot
     over: dict[str, Any] = {} if fewshot is None else {"num_fewshot": fewshot}
     if source:
@@ -458,9 +469,11 @@ class Harness:
         self.tokenizer = _tokenizer(path)
         with _quiet():
             self.lm = language_model()(head=head, pretrained=model, tokenizer=self.tokenizer, batch_size=settings.batch)
-        self.parts = [
-            self._part(name, task, settings.tasks[name]) for name, several in tasks.items() for task in several
-        ]
+        several = [(name, task) for name in tasks for task in tasks[name]]
+        progress, self.parts = Progress("downstream", len(several), unit="tasks rendered"), []
+        for name, task in several:
+            self.parts.append(self._part(name, task, settings.tasks[name]))
+            progress.advance(note=task.config.task)
         self.identity = [
             source_digest("bitalloc.suites.downstream"),
             version(),
