@@ -410,6 +410,10 @@ def test_what_cannot_be_had_is_one_line(
     assert "has no examples for prompts" in refused(piqa=tasks(forms, piqa={"fewshot": 2})["piqa"])
     assert "holds neither the original form nor" in refused(arc_easy=Task(data=str(tmp_path)))
 
+    (tmp_path / "test.jsonl").write_text('{"page": "the cat"}\n')
+    monkeypatch.setitem(downstream.FOLDERS, "wikitext", "wikitext")
+    assert "wikitext has no metric that is a mean over items; take" in refused(wikitext=Task(data=str(tmp_path)))
+
     def offline(**_: Any) -> None:
         raise ConnectionError("no network")
 

@@ -272,6 +272,8 @@ def _task(manager: Any, name: str, parent: str, settings: config.Task) -> Any:
                 raise BitallocError(f"evaluate.tasks.{parent}: {source} has no examples for prompts; set fewshot: 0")
     except BitallocError:
         raise
+    except ImportError as error:
+        raise BitallocError(f"task {name} needs {error.name}: pip install 'bitalloc[downstream]'") from None
     except Exception as error:  # noqa: BLE001 - what a definition of lm-eval makes of foreign rows, or the hub's client
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         if source:
@@ -280,7 +282,17 @@ def _task(manager: Any, name: str, parent: str, settings: config.Task) -> Any:
             f"task {name}: tried ${{BITALLOC_DATA}}/{_kind(name)} (no such folder) and the hub ({reason}); "
             f"point evaluate.tasks.{parent}.data to a local copy"
         ) from None
+    if getattr(task, "UNSAFE_CODE", False) or not _means(task):
+        why = "has no metric that is a mean over items" if not _means(task) else "runs code that the model writes"
+        raise BitallocError(f"task {name} {why}; take it out of evaluate.tasks")
     return task
+
+
+def _means(task: Any) -> set[str]:
+    """Metrics of a task that are means over its items: those that can be resampled."""
+    from lm_eval.api.metrics import mean
+
+    return {metric for metric, aggregation in task.aggregation().items() if aggregation is mean}
 
 
 def _dataset(splits: Mapping[str, Rows], **_: Any) -> dict[str, Any]:
@@ -588,9 +600,7 @@ class Harness:
 
 def _judge(part: Part, items: list[list[Any]], answers: Sequence[Mapping[str, Any]]) -> Rows:
     """The metrics of each item that was answered, by lm-eval's own filters and definitions."""
-    from lm_eval.api.metrics import mean
-
-    task, rows = part.task, []
+    task, rows, means = part.task, [], _means(part.task)
     answered = [(item, answer["answers"]) for item, answer in zip(items, answers, strict=True) if "answers" in answer]
     for item, own in answered:
         for request, answer in zip(item, own, strict=True):
@@ -598,7 +608,6 @@ def _judge(part: Part, items: list[list[Any]], answers: Sequence[Mapping[str, An
     whole, task._instances = task._instances, [request for item, _ in answered for request in item]
     task.apply_filters()
     task._instances = whole
-    means = {metric for metric, aggregation in task.aggregation().items() if aggregation is mean}
     for item, _ in answered:
         doc = item[0].doc
         chance = 1 / len(task.doc_to_choice(doc)) if task.OUTPUT_TYPE == "multiple_choice" else 0.0
