@@ -1,6 +1,6 @@
 """Tasks and perplexity, scored by bitalloc and by lm-eval's own HFLM: same model, requests, batch size, process.
 
-python benchmarks/bench_evaluate.py [--items 32] [--batch 2]  ->  a table, and benchmarks/results/evaluate.json
+python benchmarks/bench_evaluate.py [--items 32] [--batch 4]  ->  a table, and benchmarks/results/evaluate.json
 
 Needs BITALLOC_DATA. Two models: a random Llama of 2,048 tokens (width 256, 4 blocks) with the tokenizer of Qwen2
 (151,936 logits a token), and the real stories260k of 512 tokens, which cuts most prompts of MMLU on the left. Columns:
@@ -177,7 +177,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--items", type=int, default=32, help="items of a task; of MMLU over four subjects")
     parser.add_argument("--windows", type=int, default=16)
-    parser.add_argument("--batch", type=int, default=2, help="sequences a forward pass")
+    parser.add_argument("--batch", type=int, default=4, help="sequences a forward pass")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()

@@ -140,15 +140,16 @@ def hflm(model: Any, path: Path, batch: int = 4) -> Any:
 
 # ---- scoring
 @pytest.mark.parametrize("family", CONFIGS)
-def test_every_family_scores_as_lm_eval_does(family: str, path: Path) -> None:
+def test_every_family_scores_as_lm_eval_does(family: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A shared beginning, four continuations of a context, empty contexts, prompts too long, a batch not filled."""
+    monkeypatch.setattr(downstream, "WORTH", 1)
     rng, model = random.Random(0), build(family)
 
     def draw(low: int, high: int) -> list[int]:
         return [rng.randrange(2, VOCABULARY) for _ in range(rng.randint(low, high))]
 
     shots = draw(20, 20)
-    contexts = [*(shots + draw(1, 12) for _ in range(7)), *(draw(1, 40) for _ in range(7)), draw(90, 90), [0]]
+    contexts = [*(shots + draw(1, 12) for _ in range(7)), *(draw(1, 50) for _ in range(9)), draw(90, 90), [0]]
     pairs = [(context, draw(1, 1 + 7 * (at % 2))) for at, context in enumerate(contexts) for _ in range(4)]
     pairs += [(draw(5, 5), draw(CONTEXT, CONTEXT)), pairs[0]]
     requests = [((None, None), *pair) for pair in pairs]
@@ -170,9 +171,12 @@ def test_what_prompts_share_is_computed_once(path: Path, monkeypatch: pytest.Mon
     downstream.loglikelihoods(model, Head(model), pairs, longest=CONTEXT, rows=4)
     assert read == [40, 4, 4]  # the examples once, then one token of each of eight items
     read.clear()
-    pairs = [([*range(item, item + 9)], [choice, choice]) for item in (2, 30) for choice in (90, 91, 92)]
+    pairs = [([*range(item, item + 33)], [choice, choice]) for item in (2, 40) for choice in (90, 91, 92)]
     downstream.loglikelihoods(model, Head(model), pairs, longest=CONTEXT, rows=6)
-    assert read == [2 * 8, 6 * 2]  # contexts without their last token, then that and half of each continuation
+    assert read == [2 * 32, 6 * 2]  # contexts without their last token, then that and half of each continuation
+    read.clear()
+    downstream.loglikelihoods(model, Head(model), pairs[:3], longest=CONTEXT, rows=6)
+    assert read == [3 * 34]  # a pass of its own would save too little
 
 
 def test_texts_are_scored_as_lm_eval_does(model: Any, path: Path) -> None:

@@ -57,6 +57,7 @@ FOLDERS = {
 }
 SHARD = 64  # items
 SHARED = 16  # tokens that prompts must have in common before these are computed apart
+WORTH = 128  # tokens that a pass over the contexts of a batch must save
 SLACK = 8  # tokens that a stem may be computed again for each continuation, so that stems of other lengths join a batch
 SEED = 1234  # lm-eval's own, of the examples in a prompt
 
@@ -380,21 +381,28 @@ def _runs(stems: list[Stem]) -> list[tuple[tuple[int, ...], list[Stem]]]:
 
 
 def _batches(stems: list[Stem], start: int, rows: int) -> Iterator[tuple[int, list[Stem]]]:
-    """(depth, stems) such that the `depth` tokens of each stem after the first `start` serve all of its readings."""
+    """(depth, stems) such that the `depth` tokens of each stem after the first `start` serve all of its readings.
+
+    0 where too little would be saved: a pass of its own costs something, too.
+    """
 
     def place(stem: Stem) -> tuple[int, int]:
         beginning, readings = stem
         return (len(beginning) - start if len(readings) > 1 else 0), max(len(reading.tokens) for reading in readings)
 
-    batch: list[Stem] = []
+    def count(batch: list[Stem]) -> int:
+        return sum(len(readings) for _, readings in batch)
+
+    batches: list[list[Stem]] = []
     for stem in sorted(stems, key=place):
-        full = batch and sum(len(readings) for _, readings in [*batch, stem]) > rows
-        if full or (batch and place(stem)[0] > place(batch[0])[0] + SLACK):
-            yield place(batch[0])[0], batch
-            batch = []
-        batch.append(stem)
-    if batch:
-        yield place(batch[0])[0], batch
+        joins = batches and count([*batches[-1], stem]) <= rows
+        if joins and place(stem)[0] <= place(batches[-1][0])[0] + SLACK:
+            batches[-1].append(stem)
+        else:
+            batches.append([stem])
+    for batch in batches:
+        depth = place(batch[0])[0]
+        yield depth if depth * (count(batch) - len(batch)) >= WORTH else 0, batch
 
 
 def _score(
