@@ -321,7 +321,7 @@ EVALUATE = Table(
         ),
         *_INTERVAL,
         Column("chance", FLOAT, "the score of guessing, where there is one", nullable=True),
-        Column("status", STR, "ok, or floor: the interval of the reference reaches down to chance"),
+        Column("status", STR, "ok, or floor: the reference is not above chance"),
         Column("protocol", STR, "how it was measured, in full"),
     ),
 )
