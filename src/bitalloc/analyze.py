@@ -63,7 +63,7 @@ def analyze(
 
 
 def floors(evaluate: pd.DataFrame) -> set[str]:
-    """Tasks in which the lower end of the reference's interval does not exceed chance."""
+    """Tasks in which the reference is not above chance."""
     rows = accuracies(evaluate)
     return set(rows.loc[(rows["plan"] == REFERENCE) & (rows["status"] == "floor"), "task"])
 

@@ -167,6 +167,7 @@ def test_what_prompts_share_is_computed_once(path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(
         downstream, "_extend", lambda m, c, s, **k: (read.append(sum(map(len, s))), extend(m, c, s, **k))[1]
     )
+    monkeypatch.setattr(downstream, "WORTH", 40)
     pairs = [([*shots, item], [choice]) for item in range(50, 58) for choice in (90, 91, 92, 93)]
     downstream.loglikelihoods(model, Head(model), pairs, longest=CONTEXT, rows=4)
     assert read == [40, 4, 4]  # the examples once, then one token of each of eight items
@@ -175,6 +176,7 @@ def test_what_prompts_share_is_computed_once(path: Path, monkeypatch: pytest.Mon
     downstream.loglikelihoods(model, Head(model), pairs, longest=CONTEXT, rows=6)
     assert read == [2 * 32, 6 * 2]  # contexts without their last token, then that and half of each continuation
     read.clear()
+    monkeypatch.setattr(downstream, "WORTH", 65)
     downstream.loglikelihoods(model, Head(model), pairs[:3], longest=CONTEXT, rows=6)
     assert read == [3 * 34]  # a pass of its own would save too little
 
@@ -371,6 +373,15 @@ def test_an_answer_that_takes_too_long_is_missing(  # noqa: PLR0917
     with pytest.raises(BitallocError, match=r"task gsm8k: every item failed \(TimeoutError: no answer within 600 s\)"):
         ours("weights", ours.lm.head)
     assert capsys.readouterr().err.count("left out") == 2
+
+
+def test_answers_that_are_not_finite_stop(
+    forms: Path, model: Any, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = harness(model, path, {"piqa": tasks(forms)["piqa"]}, tmp_path)
+    monkeypatch.setattr(downstream, "loglikelihoods", lambda m, h, pairs, **_: [(float("nan"), False)] * len(pairs))
+    with pytest.raises(BitallocError, match=r"every item failed \(ValueError: a log-likelihood is NaN or Inf\)"):
+        ours("weights", ours.lm.head)
 
 
 BAD = [

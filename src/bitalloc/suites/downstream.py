@@ -18,6 +18,7 @@ import io
 import itertools
 import json
 import logging
+import math
 import random
 import re
 import sys
@@ -43,7 +44,7 @@ from bitalloc.provenance import source_digest
 from bitalloc.store import Store, digest, file_digest
 from bitalloc.suites.scoring import Batch, Head, Reading, Responses, Scored, compare, total
 
-FEWSHOT = {"mmlu": 5}  # where custom differs from what lm-eval's definition leaves at 0
+FEWSHOT = {"mmlu": 5}  # examples that are customary where lm-eval's definition has none
 FOLDERS = {
     "mmlu": "mmlu/default",
     "hellaswag": "hellaswag",
@@ -57,7 +58,7 @@ FOLDERS = {
 }
 SHARD = 64  # items
 SHARED = 16  # tokens that prompts must have in common before these are computed apart
-WORTH = 128  # tokens that a pass over the contexts of a batch must save
+WORTH = 128  # tokens that a pass over what prompts have in common must save
 SLACK = 8  # tokens that a stem may be computed again for each continuation, so that stems of other lengths join a batch
 SEED = 1234  # lm-eval's own, of the examples in a prompt
 
@@ -246,7 +247,7 @@ def load(tasks: Mapping[str, config.Task]) -> dict[str, list[Any]]:
     known = all(_kind(name) in FOLDERS for name in tasks)
     places = {"include_path": sorted({str(root / FOLDERS[_kind(name)]) for name in tasks})} if known else {}
     with _quiet():
-        manager = TaskManager(include_defaults=not known, **places)  # all of lm-eval's 10,000 take ten seconds to list
+        manager = TaskManager(include_defaults=not known, **places)  # listing all takes ten seconds
     ours = {entry.name for entry in manager.task_index.values() if str(root / FOLDERS["mmlu"]) in str(entry.yaml_path)}
     subjects = sorted(ours.intersection(manager.all_subtasks))
     names = [name for name in manager.all_subtasks if _kind(name) != "mmlu"] + [*subjects, "mmlu"]
@@ -361,10 +362,10 @@ def _runs(stems: list[Stem]) -> list[tuple[tuple[int, ...], list[Stem]]]:
 
     A stem joins a run when the run keeps half of what it has in common: examples stay, a chance likeness goes.
 
-    >>> shots = tuple(range(20))
+    >>> shots = tuple(range(200))
     >>> runs = _runs([((*shots, 1), []), ((*shots, 2), []), ((*shots[1:], 3), []), ((7,), [])])
     >>> [(len(start), len(members)) for start, members in runs]
-    [(20, 2), (0, 2)]
+    [(200, 2), (0, 2)]
     """
     runs: list[tuple[tuple[int, ...], list[Stem]]] = []
     for stem in stems:
@@ -376,8 +377,9 @@ def _runs(stems: list[Stem]) -> list[tuple[tuple[int, ...], list[Stem]]]:
                 runs[-1] = (start[:alike], [*members, stem])
                 continue
         runs.append((stem[0], [stem]))
-    alone = [members[0] for _, members in runs if len(members) == 1]
-    return [run for run in runs if len(run[1]) > 1] + ([((), alone)] if alone else [])
+    worth = [len(start) * (len(members) - 1) >= WORTH for start, members in runs]
+    alone = [stem for (_, members), kept in zip(runs, worth, strict=True) if not kept for stem in members]
+    return [run for run, kept in zip(runs, worth, strict=True) if kept] + ([((), alone)] if alone else [])
 
 
 def _batches(stems: list[Stem], start: int, rows: int) -> Iterator[tuple[int, list[Stem]]]:
@@ -590,6 +592,8 @@ class Harness:
         requests = [request for item in items for request in item]
         try:
             answers = getattr(self.lm, requests[0].request_type)(requests, disable_tqdm=True)
+            if not all(isinstance(answer, str) or math.isfinite(answer[0]) for answer in answers):
+                raise ValueError("a log-likelihood is NaN or Inf")
         except BitallocError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever befalls one item, the others go on
