@@ -247,5 +247,7 @@ def test_tasks_of_lm_eval_are_golds_like_any_other(goodhart, results):
     pd.testing.assert_frame_equal(found, run(results, FAST))
     responses = renamed(results.responses)
     first = responses[(responses["plan"] == "reference") & (responses["metric"] == "acc_norm,none")].index[0]
+    other = results.responses.replace({"task": {"sums": "facts_held_out"}})  # a task of its own, whatever its name
+    assert "facts_held_out" in set(analyze(results.plans, results.evaluate, other, settings=FAST, seed=0)["gold"])
     failed = analyze(results.plans, renamed(results.evaluate), responses.drop(first), settings=FAST, seed=0)
     assert one(failed, statistic="mcnemar_p", gold="facts", proxy="best", budget="2.6bpw")["n"] == 299

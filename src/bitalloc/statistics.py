@@ -42,17 +42,18 @@ class Scores:
 def accuracies(frame: pd.DataFrame) -> pd.DataFrame:
     """The rows of EVALUATE or RESPONSES that hold the accuracy of a task, one metric each, under the name `acc`.
 
-    A task in parts (mmlu_anatomy and others beside mmlu) counts as a whole.
+    A task of lm-eval in parts (mmlu_anatomy and others beside mmlu) counts as a whole.
 
-    >>> metrics = ["acc_norm,none", "acc,none", "acc,none", "acc,none"]
-    >>> accuracies(pd.DataFrame({"task": ["piqa", "piqa", "mmlu", "mmlu_anatomy"], "metric": metrics})).to_dict("list")
-    {'task': ['piqa', 'mmlu'], 'metric': ['acc', 'acc']}
+    >>> rows = [("piqa", "acc_norm,none"), ("piqa", "acc,none"), ("mmlu", "acc,none"), ("mmlu_anatomy", "acc,none")]
+    >>> accuracies(pd.DataFrame(rows, columns=["task", "metric"]).assign(suite="downstream"))["task"].tolist()
+    ['piqa', 'mmlu']
     """
     rows = frame[frame["metric"].isin(ACCURACIES)]
-    best = rows["metric"].map(ACCURACIES.index).groupby(rows["task"]).min()
-    whole = {task for task in best.index if not any(task.startswith(f"{other}_") for other in best.index)}
-    chosen = rows["task"].isin(whole) & (rows["metric"].map(ACCURACIES.index) == rows["task"].map(best))
-    return rows[chosen].assign(metric="acc")
+    rank = rows["metric"].map(ACCURACIES.index)
+    best = rank.groupby(rows["task"]).transform("min")
+    tasks = set(rows.loc[rows["suite"] == "downstream", "task"])
+    parts = {task for task in tasks if any(task.startswith(f"{whole}_") for whole in tasks)}
+    return rows[(rank == best) & ~rows["task"].isin(parts)].assign(metric="acc")
 
 
 def resample(group_I: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
