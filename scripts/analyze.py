@@ -6,7 +6,7 @@ from bitalloc import figures
 from bitalloc.analyze import analyze, summary
 from bitalloc.config import Analyze
 from bitalloc.script import stage
-from bitalloc.tables import EVALUATE, GATES, GOODHART, ITEMS, PLANS, RESPONSES
+from bitalloc.tables import EVALUATE, GATES, GOODHART, PLANS, RESPONSES
 
 
 def main(*, model: str, inputs: dict[str, Path], settings: Analyze, seed: int, table: Path, figure: Path) -> None:
@@ -15,7 +15,6 @@ def main(*, model: str, inputs: dict[str, Path], settings: Analyze, seed: int, t
         plans,
         evaluate,
         RESPONSES.read(inputs["responses"]),
-        ITEMS.read(inputs["items_table"]),
         settings=settings,
         seed=seed,
     )

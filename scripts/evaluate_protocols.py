@@ -13,7 +13,9 @@ def main(*, inputs: dict[str, Path], settings: Config, results: Path, path_to_sc
     plans = PLANS.read(inputs["plans"])
     written = CHECKPOINTS.read(inputs["checkpoints"]).set_index("plan")["path"]
     chosen = plans.loc[plans["plan"].isin(written.index) | (plans["strategy"] == "uniform"), "plan"]
-    experiments = open_experiments(inputs["checkpoint"], inputs["inventory"], inputs["moments"], settings, inputs.get("embeddings"))
+    experiments = open_experiments(
+        inputs["checkpoint"], inputs["inventory"], inputs["moments"], settings, inputs.get("embeddings")
+    )
     scores, _ = evaluate(
         plans={
             name: results / written[name] if name in written else PLAN.read(inputs["folder"] / f"{name}.parquet")

@@ -9,6 +9,7 @@ from bitalloc import tables
 
 BUDGETS = {"2.6bpw": (2.6, 0.17), "2.8bpw": (2.8, 0.11), "3.3bpw": (3.3, 0.03)}  # bits a weight, uniform's excess
 STRATEGIES = {"uniform": 1.0, "optimal": 0.55, "bits_only": 0.62, "rank_only": 0.9, "manual": 0.75, "greedy": 0.57}
+CHANCE = 0.25
 GROUPS = {"facts": ["Latin", "Hebrew", "Arabic", "Chinese"], "keys": ["0", "1", "2"]}
 
 
@@ -17,7 +18,6 @@ class Results:
     plans: pd.DataFrame
     evaluate: pd.DataFrame
     responses: pd.DataFrame
-    items: pd.DataFrame
 
 
 def empty(table: tables.Table, rows: list[dict]) -> pd.DataFrame:
@@ -67,21 +67,16 @@ def simulate(
             responses.append(
                 _long(names, values, groups, suite=suite, task=f"{corpus}/report", metric=metric, weight=255.0)
             )
-    item_rows = []
     for task, slope in slopes.items():
         groups = [GROUPS.get(task, [""])[i % len(GROUPS.get(task, [""]))] for i in range(items)]
         ability_PI = level.get(task, 2.0) - slope * excess_P[:, None] + rng.logistic(0, 1.5, items)
         right_PI = (ability_PI + rng.logistic(0, 0.6, (len(names), items)) > 0).astype(float)
         responses.append(_long(names, right_PI, groups, suite="world", task=task, metric="acc", weight=1.0))
-        item_rows += [
-            {"task": task, "item": i, "group": g, "prompt": [1], "choices": [[1], [2]], "answer": 0, "chance": 0.25}
-            for i, g in enumerate(groups)
-        ]
     frame = pd.concat(responses, ignore_index=True)
     again = [frame[frame["plan"] == note].assign(plan=plan) for plan, note in copied.items()]
     frame = pd.concat([frame, *again], ignore_index=True)
     plans = pd.concat([plans, pd.DataFrame(copies)], ignore_index=True).drop(columns="excess")
-    return Results(plans, _evaluate(frame), frame, empty(tables.ITEMS, item_rows))
+    return Results(plans, _evaluate(frame), frame)
 
 
 def _plans(rng, budgets, strategies, pool, spread) -> pd.DataFrame:
@@ -115,6 +110,9 @@ def _evaluate(responses: pd.DataFrame) -> pd.DataFrame:
     frame = parts.agg(value="mean", sd="std", n="size").reset_index()
     margin = 1.96 * frame.pop("sd") / np.sqrt(frame["n"])
     frame = frame.assign(lo=frame["value"] - margin, hi=frame["value"] + margin, protocol="simulated")
+    frame["chance"] = np.where(frame["metric"] == "acc", CHANCE, np.nan)
+    floor = frame.loc[(frame["plan"] == "reference") & (frame["lo"] <= frame["chance"]), "task"]
+    frame["status"] = np.where((frame["metric"] == "acc") & frame["task"].isin(floor), "floor", "ok")
     ppl = frame[frame["metric"] == "nll_nats_per_token"].assign(metric="ppl")
     ppl = ppl.assign(**{end: np.exp(ppl[end]) for end in ("value", "lo", "hi")})
     return pd.concat([frame, ppl], ignore_index=True)[[column.name for column in tables.EVALUATE.columns]]

@@ -25,7 +25,7 @@ FAST = Analyze(resamples=200, folds=10)
 
 
 def run(results, settings=FAST):
-    return analyze(results.plans, results.evaluate, results.responses, results.items, settings=settings, seed=0)
+    return analyze(results.plans, results.evaluate, results.responses, settings=settings, seed=0)
 
 
 def one(goodhart, **where):
@@ -212,10 +212,10 @@ def test_the_table_fits_its_schema_and_repeats(goodhart, results, tmp_path):
 def test_unpaired_responses_are_refused(results):
     dropped = results.responses.drop(results.responses.query("plan == 'optimal-2.6bpw' and metric == 'acc'").index[:1])
     with pytest.raises(BitallocError, match="cannot be paired; rerun evaluate"):
-        analyze(results.plans, results.evaluate, dropped, results.items, settings=FAST, seed=0)
+        analyze(results.plans, results.evaluate, dropped, settings=FAST, seed=0)
     none = results.responses[results.responses["metric"] == "acc"]
     with pytest.raises(BitallocError, match="add the suite perplexity"):
-        analyze(results.plans, results.evaluate, none, results.items, settings=FAST, seed=0)
+        analyze(results.plans, results.evaluate, none, settings=FAST, seed=0)
 
 
 def test_fisher_interval_holds_the_estimate_and_stays_inside():
@@ -226,8 +226,28 @@ def test_fisher_interval_holds_the_estimate_and_stays_inside():
 
 
 def test_a_fallback_to_uniform_is_the_message(results):
-    frame = analyze(results.plans, results.evaluate, results.responses, results.items, settings=FAST, seed=0)
+    frame = analyze(results.plans, results.evaluate, results.responses, settings=FAST, seed=0)
     row = {"check": "objective_gap", "mode": "fallback", "go": False, "value": 0.001, "threshold": 0.005}
     said = summary(frame, results.evaluate, results.plans, pd.DataFrame([row]))
     assert said[0].startswith("Uniform is near-optimal") and "0.1%" in said[0]
     assert said[1:] == summary(frame, results.evaluate, results.plans, pd.DataFrame([row | {"go": True}]))
+
+
+def test_tasks_of_lm_eval_are_golds_like_any_other(goodhart, results):
+    """The metric that counts stands in for `acc`; other metrics and the subjects of mmlu change nothing."""
+
+    def renamed(frame):
+        ours = frame["suite"] == "world"
+        lm_eval = {"suite": "downstream", "metric": "acc_norm,none"}
+        extra = frame[ours].assign(suite="downstream", metric="acc,none", status="floor", value=0.0)
+        part = frame[ours & (frame["task"] == "facts")].assign(**lm_eval, task="facts_anatomy")
+        return pd.concat([frame[~ours], frame[ours].assign(**lm_eval), extra, part])[frame.columns]
+
+    found = analyze(results.plans, renamed(results.evaluate), renamed(results.responses), settings=FAST, seed=0)
+    pd.testing.assert_frame_equal(found, run(results, FAST))
+    responses = renamed(results.responses)
+    first = responses[(responses["plan"] == "reference") & (responses["metric"] == "acc_norm,none")].index[0]
+    other = results.responses.replace({"task": {"sums": "facts_held_out"}})  # a task of its own, whatever its name
+    assert "facts_held_out" in set(analyze(results.plans, results.evaluate, other, settings=FAST, seed=0)["gold"])
+    failed = analyze(results.plans, renamed(results.evaluate), responses.drop(first), settings=FAST, seed=0)
+    assert one(failed, statistic="mcnemar_p", gold="facts", proxy="best", budget="2.6bpw")["n"] == 299

@@ -203,3 +203,20 @@ def test_scores_that_are_not_finite_stop(bench: Small, tmp_path: Path, monkeypat
     monkeypatch.setitem(SUITES, "perplexity", broken)
     with pytest.raises(BitallocError, match="plan reference makes the model's scores NaN or Inf"):
         run(bench, {}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("right", "items", "chance", "status"),
+    [(30, 40, 0.25, "ok"), (14, 40, 0.25, "floor"), (2, 2, 0.25, "floor"), (3, 3, 0.25, "ok"), (0, 9, 0.0, "floor")],
+)
+def test_a_task_is_at_the_floor_where_guessing_does_as_well(right: int, items: int, chance: float, status: str) -> None:
+    place = {"suite": "world", "task": "t", "metric": "acc", "group": "g", "weight": 1.0}
+    rows = [
+        {**place, "plan": plan, "item": item, "value": float(item < count)}
+        for plan, count in (("reference", right), ("p", items))
+        for item in range(items)
+    ]
+    protocols = {(plan, "world", "t"): "" for plan in ("reference", "p")}
+    frame = stage.summarise(pd.DataFrame(rows), protocols, {("world", "t", "acc"): chance}, resamples=500, seed=0)
+    assert frame["status"].tolist() == [status, status]  # that of the reference, whatever the plan does
+    assert frame["chance"].tolist() == [chance, chance]

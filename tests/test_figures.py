@@ -18,7 +18,6 @@ def draw(results, path, sentence=None):
         results.plans,
         results.evaluate,
         results.responses,
-        results.items,
         settings=Analyze(resamples=20, folds=2),
         seed=0,
     )

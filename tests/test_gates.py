@@ -277,22 +277,22 @@ def test_compress(tmp_path):
     assert np.isnan(checked(gate(), tmp_path).loc["predicted_bytes", "value"])
 
 
-def downstream_gate(best, reference=0.9, lo=0.85, small=0.1, chance=0.25):
+def downstream_gate(best, reference=0.9, floor=(), small=0.1):
     plans = plans_frame(("best", "low", 2.6, 1.0), ("best", "high", 3.3, 1.0), ("uniform", "high", 3.3, 1.0))
     rows = [
-        {"plan": plan, "suite": "world", "task": task, "metric": "acc", "value": value, "lo": lower}
+        {"plan": plan, "suite": "world", "task": task, "metric": "acc", "value": value}
+        | {"status": "floor" if task in floor else "ok"}
         for task, shift in (("facts", 0.0), ("sums", 0.05))
-        for plan, value, lower in (
-            ("reference", reference, lo),
-            ("best-low", small, 0.0),
-            ("best-high", None if best is None else best + shift, 0.0),
-            ("uniform-high", 0.0, 0.0),
+        for plan, value in (
+            ("reference", reference),
+            ("best-low", small),
+            ("best-high", None if best is None else best + shift),
+            ("uniform-high", 0.0),
         )
         if value is not None
     ]
-    rows.append({"plan": "reference", "suite": "divergence", "task": "t", "metric": "top1", "value": 1.0, "lo": 1.0})
-    items = pd.DataFrame({"task": ["facts", "facts", "sums"], "chance": [chance, chance, 0.0]})
-    return gates.gate_downstream(plans=plans, evaluate=pd.DataFrame(rows), items=items, gates=STOP)
+    rows.append({"plan": "reference", "suite": "divergence", "task": "t", "metric": "top1", "value": 1.0})
+    return gates.gate_downstream(plans=plans, evaluate=pd.DataFrame(rows), gates=STOP)
 
 
 def test_downstream_reads_the_best_plan_of_the_largest_budget(tmp_path):
@@ -308,9 +308,9 @@ def test_downstream_reads_the_best_plan_of_the_largest_budget(tmp_path):
 
 
 def test_downstream_skips_tasks_at_the_floor_and_has_nothing_to_say_without_tasks(tmp_path):
-    at_floor = checked(downstream_gate(0.6, reference=0.7, lo=0.2), tmp_path).loc["downstream"]
-    assert at_floor["value"] == pytest.approx(5)  # facts, 10 points down, is at its chance of 0.25; sums is not
-    none = downstream_gate(0.5, lo=0.0)
+    at_floor = checked(downstream_gate(0.6, reference=0.7, floor=["facts"]), tmp_path).loc["downstream"]
+    assert at_floor["value"] == pytest.approx(5)  # facts, 10 points down, is left out; sums is not
+    none = downstream_gate(0.5, floor=["facts", "sums"])
     assert none.empty
     found = verdict("downstream", none, tmp_path)
     assert (found["go"], found["checks"]) == (True, [])
@@ -321,13 +321,8 @@ def test_downstream_missing_scores_are_a_no_go(tmp_path):
     for frame in (downstream_gate(None), downstream_gate(np.nan)):
         assert np.isnan(checked(frame, tmp_path).loc["downstream", "value"])
         assert not verdict("downstream", frame, tmp_path)["go"]
-    columns = ["plan", "suite", "task", "metric", "value", "lo"]
-    empty = gates.gate_downstream(
-        plans=plans_frame(),
-        evaluate=pd.DataFrame(columns=columns),
-        items=pd.DataFrame(columns=["task", "chance"]),
-        gates=STOP,
-    )
+    columns = ["plan", "suite", "task", "metric", "value", "status"]
+    empty = gates.gate_downstream(plans=plans_frame(), evaluate=pd.DataFrame(columns=columns), gates=STOP)
     assert not checked(empty, tmp_path).loc["downstream", "go"]
 
 

@@ -31,7 +31,6 @@ def page(results, **changes):
         results.plans,
         results.evaluate,
         results.responses,
-        results.items,
         settings=Analyze(resamples=50, folds=2),
         seed=0,
     )
@@ -201,3 +200,10 @@ def test_the_model_card_says_what_it_is_and_how_to_load_it(results):
     without = made(plan.assign(rank=0), None)
     assert "PeftModel" not in without and list(yaml.safe_load(without.split("---")[1])) == ["tags"]
     assert "not stated beside its weights" in without
+
+
+def test_tasks_at_the_floor_are_marked(results):
+    at = results.evaluate["task"] == "facts"
+    evaluate = results.evaluate.assign(status=at.map({True: "floor", False: "ok"}))
+    header = report.table(results.plans, evaluate, CHECKPOINTS, gates()).splitlines()[0]
+    assert "facts (floor)" in header and "sums (floor)" not in header and "sums" in header

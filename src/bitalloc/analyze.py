@@ -19,6 +19,7 @@ from bitalloc.config import Analyze
 from bitalloc.errors import BitallocError
 from bitalloc.statistics import (
     Scores,
+    accuracies,
     cross_fitted_regret,
     detectable_points,
     fisher_interval,
@@ -47,35 +48,38 @@ def analyze(
     plans: pd.DataFrame,
     evaluate: pd.DataFrame,
     responses: pd.DataFrame,
-    items: pd.DataFrame,
     *,
     settings: Analyze,
     seed: int,
 ) -> pd.DataFrame:
-    """PLANS, EVALUATE, RESPONSES and ITEMS (for chance) -> GOODHART.
+    """PLANS, EVALUATE and RESPONSES -> GOODHART.
 
     Raises `BitallocError` when there is nothing to analyse or when responses cannot be paired.
     """
-    study = _Study(plans, responses, floors(evaluate, items), settings, seed)
+    study = _Study(plans, responses, floors(evaluate), settings, seed)
     for analysis in (study.correlation, study.regret, study.gain, study.divergence, study.power):
         analysis()
     return pd.DataFrame(study.rows)[[column.name for column in GOODHART.columns]]
 
 
-def floors(evaluate: pd.DataFrame, items: pd.DataFrame) -> set[str]:
-    """Tasks in which the lower end of the reference's interval does not exceed chance."""
-    chance = items.groupby("task")["chance"].mean()
-    rows = evaluate[(evaluate["plan"] == REFERENCE) & (evaluate["metric"] == ACC)]
-    return {str(row.task) for row in rows.itertuples() if not row.lo > chance.get(row.task, 0.0)}
+def floors(evaluate: pd.DataFrame) -> set[str]:
+    """Tasks in which the reference is not above chance."""
+    rows = accuracies(evaluate)
+    return set(rows.loc[(rows["plan"] == REFERENCE) & (rows["status"] == "floor"), "task"])
 
 
 def scores(responses: pd.DataFrame, metric: str) -> dict[str, Scores]:
-    """Task, or corpus without its split, -> responses of one metric on the report split, paired over plans."""
+    """Task, or corpus without its split, -> responses of one metric on the report split, paired over plans.
+
+    An item of lm-eval that failed with one plan is left out with all.
+    """
     found = {}
     rows = responses[(responses["metric"] == metric) & ~responses["task"].str.endswith("/select")]
     for task, part in rows.groupby("task", sort=False):
         table = part.pivot(index="plan", columns="item", values="value")
-        if table.isna().to_numpy().any():
+        if (part["suite"] == "downstream").all():
+            table = table.dropna(axis=1)
+        if table.empty or table.isna().to_numpy().any():
             raise BitallocError(
                 f"responses: some plans lack items of {task} ({metric}), so they cannot be paired; rerun evaluate"
             )
@@ -96,7 +100,7 @@ class _Study:
         self, plans: pd.DataFrame, responses: pd.DataFrame, floors: set[str], settings: Analyze, seed: int
     ) -> None:
         self.settings, self.seed, self.floors, self.rows = settings, seed, floors, []
-        self.nll, self.tasks = scores(responses, NLL), scores(responses, ACC)
+        self.nll, self.tasks = scores(responses, NLL), scores(accuracies(responses), ACC)
         if not self.nll:
             raise BitallocError(f"responses hold no {NLL} of the report split: add the suite perplexity to evaluate")
         self.golds = self.tasks or scores(responses, TOP1)
@@ -317,7 +321,7 @@ def _near_uniform(gates: pd.DataFrame | None) -> list[str]:
 
 
 def _findings(goodhart: pd.DataFrame, evaluate: pd.DataFrame, plans: pd.DataFrame) -> list[str]:
-    word = "accuracy" if (evaluate["metric"] == ACC).any() else "top-1 agreement"
+    word = "accuracy" if len(accuracies(evaluate)) else "top-1 agreement"
     proxy = next((name for name in goodhart["proxy"] if name.startswith("nll:")), "")
     rows = goodhart[(goodhart["analysis"] == "correlation") & (goodhart["proxy"] == proxy)]
     pooled = rows[(rows["budget"] == ALL) & (rows["status"] == "ok") & rows["lo"].notna()]

@@ -157,6 +157,22 @@ class Export(Section):
     )
 
 
+class Task(Section):
+    """A task of lm-eval (suite downstream), by its name there; `mmlu` is all of its subjects."""
+
+    limit: Positive | None = Field(None, description="items, drawn by seed; of each subject of mmlu; null: all")
+    fewshot: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="examples in the prompt; null: as lm-eval defines the task, 5 for mmlu"
+    )
+    data: str | None = Field(
+        None,
+        description="local copy: the original form, or <split>.jsonl or .parquet with the rows of the hub; "
+        "null: ${BITALLOC_DATA}/<task> where it exists, else the hub",
+    )
+    chat: bool = Field(False, description="prompts go through the tokenizer's chat template")
+    timeout_s: Positive = Field(600, description="an answer that takes longer to generate is missing")
+
+
 class Evaluate(Section):
     suites: list[str] = Field(["perplexity", "divergence"], description="members of the suite family")
     batch: Positive = Field(8, description="windows a forward pass")
@@ -169,6 +185,9 @@ class Evaluate(Section):
     texts: list[str] = Field(["wikitext2"], description="corpora that the protocols read")
     documents: Positive | None = Field(None, description="documents of a text that protocols read at most; null = all")
     tokens: Positive | None = Field(None, description="tokens of a text that protocols read at most; null = all")
+    tasks: dict[str, Task] = Field(
+        {}, description="suite downstream: task of lm-eval -> {limit, fewshot, data, chat, timeout_s}"
+    )
     resamples: Positive = Field(2000, description="bootstrap resamples of an interval")
     jobs: Positive = Field(1, description="jobs among which the plans are shared out")
 
@@ -371,7 +390,7 @@ def _keys(path: list[str]) -> list[str]:
     section: Any = Config
     for part in path:
         field = getattr(section, "model_fields", {}).get(part)
-        section = {"models": Model, "corpora": Corpus}.get(part, field.annotation if field else section)
+        section = {"models": Model, "corpora": Corpus, "tasks": Task}.get(part, field.annotation if field else section)
     return list(section.model_fields)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from scipy.stats import binom
 
 from bitalloc import config
 from bitalloc.errors import BitallocError, nearest
@@ -29,7 +30,7 @@ from bitalloc.progress import Progress
 from bitalloc.provenance import source_digest
 from bitalloc.quant import CompressedMatrix
 from bitalloc.store import JSON, Store, digest
-from bitalloc.suites import SUITES, Head, Scored, Windows, divergence, intervals
+from bitalloc.suites import SUITES, Head, Scored, Windows, divergence, downstream, intervals
 from bitalloc.tables import EVALUATE, RESPONSES
 
 REFERENCE = "reference"
@@ -85,9 +86,12 @@ def evaluate(
         items=items,
         suites=names,
         remote_code=remote_code,
+        settings=settings,
+        store=store,
+        seed=seed,
     )
     progress = Progress("evaluate", len(plans) + 1, unit="plans")
-    rows, statistics, protocols = [], [], {}
+    rows, statistics, protocols, chances = [], [], {}, {}
     for name, plan in {REFERENCE: None, **plans}.items():
         subject = bench.subject(name, plan)
         key = digest({"stage": "evaluate", "bench": bench.fingerprint, "weights": dict(subject.weights)})
@@ -99,10 +103,11 @@ def evaluate(
         progress.advance(cached=cached, note=name)
         rows.append(pd.DataFrame({"plan": name, **record["rows"]}))
         statistics.append(pd.DataFrame(record["statistics"]).assign(plan=name))
-        protocols |= {(suite, task): protocol for suite, task, protocol in record["protocols"]}
+        protocols |= {(name, suite, task): protocol for suite, task, protocol in record["protocols"]}
+        chances |= {tuple(place): chance for *place, chance in record["chances"]}
     responses = pd.concat(rows, ignore_index=True)[[column.name for column in RESPONSES.columns]]
     whole = pd.concat(statistics, ignore_index=True)
-    return summarise(responses, protocols, whole, resamples=settings.resamples, seed=seed), responses
+    return summarise(responses, protocols, chances, whole, resamples=settings.resamples, seed=seed), responses
 
 
 class Bench:
@@ -118,7 +123,11 @@ class Bench:
         items: pd.DataFrame,
         suites: list[str],
         remote_code: bool,
+        settings: config.Evaluate = config.Evaluate(),  # noqa: B008 - frozen
+        store: Store | None = None,
+        seed: int = 0,
     ) -> None:
+        self.settings, self.store, self.seed = settings, store, seed
         self.path, self.inventory, self.experiments = path, inventory, experiments
         self.windows, self.items, self.suites = windows, items, suites
         self.device, self.remote_code = windows.device, remote_code
@@ -131,6 +140,8 @@ class Bench:
     def fingerprint(self) -> str:
         """Everything but the plan that a score depends on."""
         settings = [self.windows.protocol, self.windows.budget, self.device.type, self.suites]
+        if "downstream" in self.suites:
+            settings += [downstream.fingerprint(self.settings.tasks), self.settings.batch, self.seed]
         data = [checkpoints.source_identity(self.inventory), *map(_frame_digest, (self.windows.frame, self.items))]
         return digest([source_digest("bitalloc.evaluate"), settings, data])
 
@@ -149,6 +160,14 @@ class Bench:
             return None
         self.put_on(Subject({}))
         return self.head.fixed()
+
+    @cached_property
+    def harness(self) -> downstream.Harness | None:
+        """The tasks of suite downstream, if there are any, their prompts made once for all plans."""
+        if not ("downstream" in self.suites and self.settings.tasks and self.store):
+            return None
+        settings, seed = self.settings, self.seed
+        return downstream.Harness(self.model, self.head, path=self.path, settings=settings, store=self.store, seed=seed)
 
     @cached_property
     def reference(self) -> list[torch.Tensor]:
@@ -203,7 +222,18 @@ class Bench:
         )
         self.put_on(subject)
         own = None if subject.weights else reference
-        scored = Scored(self.model, self.head, self.windows, self.items, reference, own, reference_head)
+        identity = digest([checkpoints.source_identity(self.inventory), dict(subject.weights)])
+        scored = Scored(
+            self.model,
+            self.head,
+            self.windows,
+            self.items,
+            reference,
+            own,
+            reference_head,
+            harness=self.harness,
+            identity=identity,
+        )
         frames, protocols = [], []
         for suite in self.suites:
             rows, by_task = SUITES[suite](scored)
@@ -212,13 +242,24 @@ class Bench:
         whole = pd.concat(frames)
         if not np.isfinite(whole["value"]).all():
             raise BitallocError(f"plan {name} makes the model's scores NaN or Inf; leave it out or rerun its sweep")
+        chances = []
+        if "chance" in whole:
+            guessed = whole.dropna(subset="chance").groupby(["suite", "task", "metric"])["chance"].mean()
+            chances = [[*place, float(chance)] for place, chance in guessed.items()]
+            whole = whole.drop(columns="chance")
         told = divergence.statistics(scored) if "divergence" in self.suites else pd.DataFrame()
-        return {"rows": _columns(whole), "statistics": _columns(told), "protocols": protocols}
+        return {
+            "rows": _columns(whole),
+            "statistics": _columns(told),
+            "protocols": protocols,
+            "chances": chances,
+        }
 
 
 def summarise(
     responses: pd.DataFrame,
-    protocols: Mapping[tuple[str, str], str],
+    protocols: Mapping[tuple[str, str, str], str],
+    chances: Mapping[tuple[str, ...], float],
     statistics: pd.DataFrame,
     *,
     resamples: int,
@@ -226,9 +267,14 @@ def summarise(
 ) -> pd.DataFrame:
     """EVALUATE from RESPONSES: weighted means and what follows from them, median_nll over windows, flips of items,
     with intervals; and `statistics` of single tokens (plan, suite, task, metric, value, n), without.
+
+    Metrics of lm-eval (`acc,none`) have its standard error beside them (`acc_stderr,none`). `chances`, by suite, task
+    and metric, are the scores of guessing: a task is at the floor when the interval of the reference reaches down to
+    its own, or when guessing gets as many right in more than 2.5 % of cases (binomial: of few items that all are right
+    the bootstrap makes no interval).
     """
     draws = {"resamples": resamples, "seed": seed}
-    rows = []
+    rows, floors = [], set()
     every = pd.concat([responses, divergence.flips(responses, REFERENCE)])
     for (plan, suite, task, metric), part in every.groupby(["plan", "suite", "task", "metric"], sort=False):
         found = {metric: intervals.mean(part["value"], part["weight"], part["group"], **draws)}
@@ -237,15 +283,26 @@ def summarise(
             found[name] = intervals.Interval(*function([mean.value, mean.lo, mean.hi]).tolist(), mean.n)
         if metric == _LOSS:
             found["median_nll"] = intervals.median(part["value"], part["group"], **draws)
-        protocol = f"{protocols[suite, task]}; 95 % percentile bootstrap, {resamples} resamples"
+        if suite == "downstream":
+            error = intervals.standard_error(part["value"], part["group"])
+            found[metric.replace(",", "_stderr,")] = intervals.Interval(error, np.nan, np.nan, len(part))
+        chance = chances.get((suite, task, metric), np.nan)
+        lucky = chance > 0 and binom.sf(part["value"].sum() - 1, len(part), chance) > (1 - intervals.COVERAGE) / 2
+        if plan == REFERENCE and (found[metric].lo <= chance or lucky):
+            floors.add((suite, task, metric))
+        protocol = f"{protocols[plan, suite, task]}; 95 % percentile bootstrap, {resamples} resamples"
         place = {"plan": plan, "suite": suite, "task": task}
         rows += [{**place, "metric": name, **vars(found[name]), "protocol": protocol} for name in found]
     for row in statistics.to_dict("records"):
-        protocol = f"{protocols[row['suite'], row['task']]}; over tokens, taken as independent"
+        protocol = f"{protocols[row['plan'], row['suite'], row['task']]}; over tokens, taken as independent"
         rows.append({**row, "lo": np.nan, "hi": np.nan, "protocol": protocol})
     order = {plan: place for place, plan in enumerate(dict.fromkeys(responses["plan"]))}
     rows.sort(key=lambda row: order[row["plan"]])
-    return pd.DataFrame(rows, columns=[column.name for column in EVALUATE.columns])
+    frame = pd.DataFrame(rows)
+    places = list(frame[["suite", "task", "metric"]].itertuples(index=False, name=None))
+    frame["chance"] = [chances.get(place, np.nan) for place in places]
+    frame["status"] = ["floor" if place in floors else "ok" for place in places]
+    return frame[[column.name for column in EVALUATE.columns]]
 
 
 def _columns(frame: pd.DataFrame) -> JSON:

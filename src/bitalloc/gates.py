@@ -133,19 +133,19 @@ def gate_compress(*, checkpoints: pd.DataFrame, gates: Gates) -> pd.DataFrame:
     return _frame(gates, "compress", predicted_bytes=(off.max(skipna=False), "checkpoints.parquet"))
 
 
-def gate_downstream(*, plans: pd.DataFrame, evaluate: pd.DataFrame, items: pd.DataFrame, gates: Gates) -> pd.DataFrame:
+def gate_downstream(*, plans: pd.DataFrame, evaluate: pd.DataFrame, gates: Gates) -> pd.DataFrame:
     """Does the best plan of the largest budget keep the tasks? downstream = most points of accuracy lost in a task.
 
     Tasks in which the reference itself is not above chance (lower end of its interval) have nothing to lose and
     are left out. Without any task there is nothing to check: no row.
     """
-    scores = evaluate[(evaluate["metric"] == "acc") & ~evaluate["suite"].isin(["perplexity", "divergence"])]
+    from bitalloc.statistics import accuracies
+
+    scores = accuracies(evaluate)
     if len(evaluate) and scores.empty:
         return _frame(gates, "downstream")
-    chance = items.groupby("task")["chance"].mean()
     reference = scores[scores["plan"] == "reference"].set_index(["suite", "task"])
-    floor = reference["lo"] <= [chance.get(task, 0.0) for _, task in reference.index]
-    able = reference[~floor]
+    able = reference[reference["status"] != "floor"]
     if len(reference) and able.empty:
         return _frame(gates, "downstream")
     best = plans[plans["strategy"] == "best"].sort_values("budget_bytes")["plan"].tail(1)

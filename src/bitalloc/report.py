@@ -18,6 +18,7 @@ from bitalloc import tables
 from bitalloc.config import Retrieve
 from bitalloc.errors import BitallocError
 from bitalloc.progress import clock
+from bitalloc.statistics import accuracies
 
 REFERENCE, POOL, BEST = "reference", "random", "best"
 LEVELS = ("minimal", "good", "excellent")
@@ -219,11 +220,12 @@ def _rows(
     plans: pd.DataFrame, evaluate: pd.DataFrame, checkpoints: pd.DataFrame
 ) -> tuple[tuple[str, ...], list[tuple[str, ...] | None]]:
     """Header and rows; None stands between budgets."""
-    scores = evaluate[~evaluate["task"].str.endswith("/select")].set_index(["plan", "metric", "task"])
+    right = accuracies(evaluate)
+    scores = pd.concat([evaluate[evaluate["metric"] != "acc"], right]).set_index(["plan", "metric", "task"])
     corpora = evaluate.loc[(evaluate["metric"] == "ppl") & ~evaluate["task"].str.endswith("/select"), "task"]
     if corpora.empty:
         raise BitallocError("evaluate holds no ppl of the report split: add the suite perplexity to evaluate")
-    tasks = list(dict.fromkeys(evaluate.loc[evaluate["metric"] == "acc", "task"]))
+    tasks = dict(zip(right["task"], right["status"], strict=True))
     on_disk = checkpoints.set_index("plan")["nbytes"]
 
     def cell(plan: str, metric: str, task: str, shape: str, scale: float = 1.0) -> str:
@@ -245,7 +247,7 @@ def _rows(
         for plan in named[named["budget"] == budget].itertuples():
             size = human(on_disk[plan.plan]) if plan.plan in on_disk.index else f"({human(plan.checkpoint_nbytes)})"
             found.append(row(plan.plan, size, f"{plan.bits_per_weight:.3f}"))
-    return (*HEADER, *tasks), found
+    return (*HEADER, *(f"{task} (floor)" if at == "floor" else task for task, at in tasks.items())), found
 
 
 def _note(evaluate: pd.DataFrame) -> str:

@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 from scipy.stats import binom, rankdata
 
 MIN_CLUSTERS = 10  # a bootstrap over fewer is far too narrow
 Z = 1.959964
+ACCURACIES = ("acc", "exact_match,strict-match", "acc_norm,none", "acc,none")  # the first that a task has counts
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,23 @@ class Scores:
         """Means of the plans in every resample, which takes item i `counts_RI[r, i]` times."""
         weights_RI = counts_RI * self.weight_I
         return weights_RI @ np.stack([self.of(plan) for plan in plans]).T / weights_RI.sum(1, keepdims=True)
+
+
+def accuracies(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows of EVALUATE or RESPONSES that hold the accuracy of a task, one metric each, under the name `acc`.
+
+    A task of lm-eval in parts (mmlu_anatomy and others beside mmlu) counts as a whole.
+
+    >>> rows = [("piqa", "acc_norm,none"), ("piqa", "acc,none"), ("mmlu", "acc,none"), ("mmlu_anatomy", "acc,none")]
+    >>> accuracies(pd.DataFrame(rows, columns=["task", "metric"]).assign(suite="downstream"))["task"].tolist()
+    ['piqa', 'mmlu']
+    """
+    rows = frame[frame["metric"].isin(ACCURACIES)]
+    rank = rows["metric"].map(ACCURACIES.index)
+    best = rank.groupby(rows["task"]).transform("min")
+    tasks = set(rows.loc[rows["suite"] == "downstream", "task"])
+    parts = {task for task in tasks if any(task.startswith(f"{whole}_") for whole in tasks)}
+    return rows[(rank == best) & ~rows["task"].isin(parts)].assign(metric="acc")
 
 
 def resample(group_I: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:

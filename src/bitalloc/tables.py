@@ -357,15 +357,18 @@ EVALUATE = Table(
     ("plan", "suite", "task", "metric"),
     (
         Column("plan", STR, "name of the plan"),
-        Column("suite", STR, "perplexity, divergence, world or protocols"),
+        Column("suite", STR, "perplexity, divergence, world, protocols or downstream"),
         Column("task", STR, "<corpus>/<split>, <corpus>/<protocol>, or task"),
         Column(
             "metric",
             STR,
             "nll_nats_per_token, ppl, median_nll, bits_per_byte; kl_nats_per_token, top1, delta_p, ln_ppl_ratio, their "
-            "percentiles and standard errors; word_perplexity, byte_perplexity; acc, margin_nats, flips",
+            "percentiles and standard errors; word_perplexity, byte_perplexity; acc, margin_nats, flips; of downstream "
+            "lm-eval's: acc,none, acc_stderr,none, exact_match,strict-match, ...",
         ),
         *_INTERVAL,
+        Column("chance", FLOAT, "the score of guessing, where there is one", nullable=True),
+        Column("status", STR, "ok, or floor: the reference is not above chance"),
         Column("protocol", STR, "how it was measured, in full"),
     ),
 )
@@ -375,7 +378,7 @@ RESPONSES = Table(
     ("plan", "suite", "task", "metric", "item"),
     (
         Column("plan", STR, "name of the plan"),
-        Column("suite", STR, "perplexity, divergence, world or protocols"),
+        Column("suite", STR, "perplexity, divergence, world, protocols or downstream"),
         Column("task", STR, "<corpus>/<split>, <corpus>/<protocol>, or task"),
         Column("metric", STR, "as in EVALUATE, before averaging"),
         Column("item", INT, "window, document or item"),

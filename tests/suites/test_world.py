@@ -82,7 +82,8 @@ def test_choices_are_scored_as_one_by_one() -> None:
     for item in range(12):
         choices = [rng.integers(0, VOCABULARY, rng.integers(1, 4)).astype(np.int32) for _ in range(4)]
         prompt = rng.integers(0, VOCABULARY, rng.integers(2, 9)).astype(np.int32)
-        rows.append({"task": "t", "item": item, "group": "g", "prompt": prompt, "choices": choices, "answer": item % 4})
+        rows.append({"task": "t", "item": item, "group": "g", "prompt": prompt, "choices": choices})
+        rows[-1] |= {"answer": item % 4, "chance": 0.25}
     found = run(model, pd.DataFrame(rows), length=8, batch=2)
     for row in rows:
         scores = []
@@ -124,6 +125,6 @@ def test_every_choice_is_read_after_its_prompt_and_nothing_is_read_twice(drawn: 
 
 
 def test_an_empty_prompt_is_one_line() -> None:
-    row = {"task": "t", "item": 3, "group": "g", "prompt": [], "choices": [[1]], "answer": 0}
+    row = {"task": "t", "item": 3, "group": "g", "prompt": [], "choices": [[1]], "answer": 0, "chance": 0.0}
     with pytest.raises(BitallocError, match="t 3 has an empty prompt"):
         run(build("llama"), pd.DataFrame([row]))

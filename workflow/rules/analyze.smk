@@ -6,7 +6,6 @@ rule analyze:
         plans="results/{model}/plans.parquet",
         evaluate="results/{model}/evaluate.parquet",
         responses="results/{model}/responses.parquet",
-        items_table="results/{model}/items.parquet",
         gates="results/{model}/gates.parquet",
     output:
         table="results/{model}/goodhart.parquet",

@@ -93,7 +93,6 @@ checkpoint gate_downstream:
     input:
         plans="results/{model}/plans.parquet",
         evaluate="results/{model}/evaluate.parquet",
-        items_table="results/{model}/items.parquet",
     output:
         "results/{model}/gates/downstream.json",
     log:

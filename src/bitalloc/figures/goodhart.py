@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from bitalloc.figures.style import GREY, INK, LIGHT, headline, label_ends, mark, page
+from bitalloc.statistics import accuracies
 
 REFERENCE, POOL, ALL = "reference", "random", "all"
 CHOOSERS = {"kl": "by KL", "uniform": "uniform", "random": "at random"}
@@ -58,9 +59,9 @@ class _Page:
         proxies = goodhart["proxy"][goodhart["proxy"].str.startswith("nll:")]
         gains = goodhart["gold"][goodhart["gold"].str.startswith("ppl:")]
         self.corpus = str((pd.concat([proxies, gains])).iloc[0]).split(":", 1)[1]
-        metric = "acc" if (evaluate["metric"] == "acc").any() else "top1"
-        self.word = {"acc": "accuracy", "top1": "top-1 agreement"}[metric]
-        scored = evaluate[evaluate["metric"] == metric].assign(task=lambda f: f["task"].str.removesuffix("/report"))
+        found, agree = accuracies(evaluate), evaluate[evaluate["metric"] == "top1"]
+        self.word = "accuracy" if len(found) else "top-1 agreement"
+        scored = (found if len(found) else agree).assign(task=lambda f: f["task"].str.removesuffix("/report"))
         self.golds = list(dict.fromkeys(scored["task"][~scored["task"].str.endswith("/select")]))
         self.gold = {name: scored[scored["task"] == name].set_index("plan") for name in self.golds}
         ppl = evaluate[(evaluate["metric"] == "ppl") & evaluate["task"].isin([self.corpus, f"{self.corpus}/report"])]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from bitalloc.suites import divergence, perplexity, protocols, world
+from bitalloc.suites import divergence, downstream, perplexity, protocols, world
 from bitalloc.suites.scoring import Head, Responses, Scored, Windows, spread
 
 Suite = Callable[[Scored], Responses]
@@ -14,6 +14,7 @@ SUITES: dict[str, Suite] = {
     "divergence": divergence.responses,
     "world": world.responses,
     "protocols": protocols.responses,
+    "downstream": downstream.responses,
 }
 
 __all__ = ["SUITES", "Head", "Responses", "Scored", "Suite", "Windows", "spread"]

@@ -66,6 +66,21 @@ def median(values: npt.ArrayLike, groups: npt.ArrayLike, *, resamples: int, seed
     return _interval(np.median(value_U), (low + high) / 2, units)
 
 
+def standard_error(values: npt.ArrayLike, groups: npt.ArrayLike) -> float:
+    """sqrt(s^2 / U), s^2 = sum over groups of squared deviations from the group's mean / (U - groups); NaN where U is
+    the number of groups. In one group that is lm-eval's `mean_stderr`, in several its `pooled_sample_stderr`.
+
+    >>> round(standard_error([0, 1, 1, 1], ["a"] * 4), 6)  # s^2 = (9/16 + 3/16) / 3
+    0.25
+    """
+    value_U, code_U = np.asarray(values, dtype=np.float64), np.unique(np.asarray(groups), return_inverse=True)[1]
+    count_G = np.bincount(code_U)
+    if len(value_U) == len(count_G):
+        return float("nan")
+    deviation_U = value_U - (np.bincount(code_U, value_U) / count_G)[code_U]
+    return float(np.sqrt((deviation_U**2).sum() / (len(value_U) - len(count_G)) / len(value_U)))
+
+
 def _counts(groups: npt.ArrayLike, resamples: int, seed: int) -> tuple[Floats, int]:
     """How often each resample takes each item, [R, U], and how many independent units there are."""
     code_U = np.unique(np.asarray(groups), return_inverse=True)[1]

@@ -257,7 +257,8 @@ class Scored:
     """A model in one state, and what the suites read with it.
 
     `reference` are the cached hidden states of the unquantised model over `windows`, `reference_head` its head where
-    plans have others; `own` are the hidden states of this model, where they are known already.
+    plans have others; `own` are the hidden states of this model, where they are known already. `harness`
+    are the tasks of suite downstream, `identity` says which weights the model has.
     """
 
     model: Any
@@ -267,6 +268,8 @@ class Scored:
     reference: Sequence[torch.Tensor] | None = None
     own: Sequence[torch.Tensor] | None = None
     reference_head: Head | None = None
+    harness: Any = None
+    identity: str = ""
 
     @cached_property
     def tokens(self) -> pd.DataFrame:

@@ -41,7 +41,8 @@ def responses(scored: Scored) -> Responses:
         first = last
     frame = items[["task", "item", "group"]].assign(suite="world", weight=1.0)
     rows = [
-        frame.assign(metric=metric, value=np.array(values)[:, i]) for i, metric in enumerate(("acc", "margin_nats"))
+        frame.assign(metric="acc", value=np.array(values)[:, 0], chance=items["chance"]),
+        frame.assign(metric="margin_nats", value=np.array(values)[:, 1]),
     ]
     several = items["choices"].map(len) > 1
     return pd.concat(rows), {task: PROTOCOL[bool(part.all())] for task, part in several.groupby(items["task"])}
