@@ -192,6 +192,21 @@ class Evaluate(Section):
     jobs: Positive = Field(1, description="jobs among which the plans are shared out")
 
 
+class HumanEval(Section):
+    execute: bool = Field(False, description="execute what the model writes, in bubblewrap; off: nothing is executed")
+    sources: list[str] = Field(
+        [
+            "${BITALLOC_DATA}/humaneval/HumanEval.jsonl.gz",
+            "hub:openai/openai_humaneval@main/openai_humaneval/test-00000-of-00001.parquet",
+        ],
+        description="the problems: a .jsonl, .jsonl.gz or .parquet file, tried in order",
+    )
+    max_new_tokens: Positive = Field(1024, description="tokens of a completion, greedy, as in lm-eval's `humaneval`")
+    batch: Positive = Field(8, description="prompts a forward pass")
+    timeout_s: Annotated[float, Field(gt=0)] = Field(10.0, description="seconds on the clock that a program may take")
+    memory: str = Field("512MiB", description="bytes of address space that a program may take")
+
+
 class Analyze(Section):
     resamples: Positive = Field(2000, description="bootstrap resamples")
     folds: Positive = Field(20, description="random item splits of the cross-fitted selection regret")
@@ -342,6 +357,7 @@ class Config(Section):
     compress: Compress = Field(default_factory=Compress)
     export: Export = Field(default_factory=Export)
     evaluate: Evaluate = Field(default_factory=Evaluate)
+    humaneval: HumanEval = Field(default_factory=HumanEval)
     analyze: Analyze = Field(default_factory=Analyze)
     backends: Backends = Field(default_factory=Backends)
     gates: Gates = Field(default_factory=Gates)

@@ -70,6 +70,11 @@ def world_documents(*, seed: int, split: str) -> Iterator[str]:
 _docstrings = functools.cache(docstrings)  # seconds of parsing
 
 
+def find(source: str) -> Path:
+    """The file that a source names, here or on the hub; raises `UnavailableError`."""
+    return _hub_file(source) if source.startswith("hub:") else _local_file(source)
+
+
 def _hub_file(source: str) -> Path:
     match = re.fullmatch(r"hub:([^@]+)@([^/]+)/(.+)", source)
     if not match:
@@ -124,8 +129,7 @@ def texts(name: str, corpus: Corpus, *, seed: int, splits: list[str]) -> list[tu
         if source == "docstrings":
             return [([split], _docstrings()[split]) for split in splits]
         try:
-            file = _hub_file(source) if source.startswith("hub:") else _local_file(source)
-            return [(splits, read_records(file, corpus.field))]
+            return [(splits, read_records(find(source), corpus.field))]
         except UnavailableError as reason:
             tried.append(f"{source} ({reason})")
     raise BitallocError(

@@ -387,6 +387,59 @@ RESPONSES = Table(
         Column("weight", FLOAT, "tokens or bytes behind it, or 1"),
     ),
 )
+SAMPLES = Table(
+    "samples",
+    "What a plan writes for each problem of HumanEval, and all that execution needs. Nothing of it has been executed.",
+    ("plan", "task_id"),
+    (
+        Column("plan", STR, "name of the plan"),
+        Column("task_id", STR, "of the data set"),
+        Column("prompt", STR, "text that the model continues"),
+        Column("completion", STR, "greedy continuation, up to the first stop sequence; written by the model"),
+        Column("entry_point", STR, "function that the tests call"),
+        Column("test", STR, "the data set's tests: defines check(candidate)"),
+        Column("prompt_tokens", INT, "tokens of the prompt"),
+        Column("completion_tokens", INT, "tokens generated, those of a stop sequence included"),
+        Column("truncated", BOOL, "ended by max_new_tokens or the context, not by the model"),
+        Column("unfit", BOOL, "the prompt leaves no room in the context: nothing was generated"),
+    ),
+)
+OUTCOMES = Table(
+    "outcomes",
+    "What became of the samples in the sandbox.",
+    ("plan", "task_id"),
+    (
+        Column("plan", STR, "name of the plan"),
+        Column("task_id", STR, "of the data set"),
+        Column("passed", BOOL, "all tests passed"),
+        Column(
+            "outcome",
+            STR,
+            "passed; failed: a wrong answer; error: raised, died or gave no plain value; timeout; unfit: not executed",
+        ),
+        Column("detail", STR, "name of the exception, or how it died; empty when it passed"),
+        Column("truncated", BOOL, "ended by max_new_tokens or the context, not by the model"),
+        Column("sandbox_backend", STR, "what contained the program"),
+        Column("wall_s", FLOAT, "seconds of program and tests"),
+    ),
+)
+HUMANEVAL = Table(
+    "humaneval",
+    "pass@1 of every plan on HumanEval.",
+    ("plan", "metric"),
+    (
+        Column("plan", STR, "name of the plan"),
+        Column("metric", STR, "pass@1"),
+        *_INTERVAL,
+        Column("stderr", FLOAT, "sqrt(p (1 - p) / (n - 1))"),
+        Column("truncated", INT, "problems whose completion was cut off"),
+        Column("unfit", INT, "problems whose prompt leaves no room in the context"),
+        Column("timeouts", INT, "programs that were stopped"),
+        Column("status", STR, "ok, or floor: the reference solves nothing, so that no plan can be told from it"),
+        Column("sandbox_backend", STR, "what contained the programs"),
+        Column("protocol", STR, "how it was measured, in full"),
+    ),
+)
 GATES = Table(
     "gates",
     "Verdicts of the GO/NO-GO checks.",
@@ -443,6 +496,6 @@ TABLES = {
     table.name: table
     for table in (
         INVENTORY, TOKENS, ITEMS, READINGS, MOMENTS, SWEEP, SENSITIVITY, EMBEDDINGS, LAW, RESIDUALS, COSTS, PLAN, PLANS,
-        CHECKPOINTS, EXPORTS, EVALUATE, RESPONSES, GATES, GOODHART, BACKENDS,
+        CHECKPOINTS, EXPORTS, EVALUATE, RESPONSES, SAMPLES, OUTCOMES, HUMANEVAL, GATES, GOODHART, BACKENDS,
     )
 }  # fmt: skip

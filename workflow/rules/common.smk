@@ -13,6 +13,7 @@ from bitalloc import config as configuration
 from bitalloc import provenance
 from bitalloc.allocate import budget_slug
 from bitalloc.errors import BitallocError, nearest
+from bitalloc.execute import REFERENCE, permit
 from bitalloc.families import family
 from bitalloc.gates import read_verdict
 from bitalloc.option import options
@@ -218,3 +219,32 @@ def routed(gate, pattern):
 def passed(gate):
     """Input function: the verdict itself, once it says GO."""
     return gated(gate, lambda wildcards: f"results/{wildcards.model}/gates/{gate}.json")
+
+
+# ---- HumanEval
+def written(wildcards):
+    """Input function: checkpoint and table of a plan, once their gate says GO; nothing for the unquantised model."""
+    if wildcards.plan == REFERENCE:
+        return []
+    folder = f"results/{wildcards.model}/models/{wildcards.plan}"
+    return gated("compress", lambda _: [folder, f"{folder}.parquet"])(wildcards)
+
+
+@checked
+def permitted(wildcards):
+    """Input function: the samples of a plan, where they may be executed."""
+    permit(settings(wildcards.model).humaneval)
+    return f"results/{wildcards.model}/humaneval/{wildcards.plan}.samples.parquet"
+
+
+def executions(wildcards):
+    """Outcomes of all plans that are checkpoints, and of the unquantised model."""
+    plans = [*compressed_plans(wildcards), REFERENCE]
+    return expand("results/{model}/humaneval/{plan}.parquet", model=wildcards.model, plan=plans)
+
+
+def generation(wildcards):
+    """Parameter function: the settings that samples depend on."""
+    names = {"sources", "max_new_tokens", "batch"}
+    chosen = settings(wildcards.model).humaneval.model_dump(mode="json", include=names)
+    return section("store", "device")(wildcards) | {"humaneval": chosen}
