@@ -9,6 +9,7 @@ from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
     LlamaConfig,
+    Mamba2Config,
     MistralConfig,
     OPTConfig,
     PhiConfig,
@@ -34,6 +35,18 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "mistral": MistralConfig(**_BODY, **_HEADS, sliding_window=8),
     "gpt2": GPT2Config(**_TOKENS, n_embd=32, n_positions=CONTEXT, n_layer=BLOCKS, n_head=4),
     "opt": OPTConfig(**_BODY, num_attention_heads=4, ffn_dim=48, word_embed_proj_dim=24),
+    "mamba2": Mamba2Config(
+        **_TOKENS,
+        hidden_size=32,
+        num_hidden_layers=BLOCKS,
+        num_heads=4,
+        head_dim=16,
+        state_size=8,
+        n_groups=1,
+        expand=2,
+        chunk_size=8,
+        tie_word_embeddings=False,
+    ),
     "phi": PhiConfig(**_BODY, num_attention_heads=4, intermediate_size=48, partial_rotary_factor=0.5),
 }
 

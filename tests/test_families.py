@@ -25,15 +25,15 @@ def test_every_tensor_is_claimed_or_excluded(name: str, tmp_path: Path) -> None:
     assert claimed == {known.layer(block, role) for block in range(BLOCKS) for role in known.roles}
     for role, block, kind, reason in claims.values():
         assert (role is None) == (block is None) == bool(reason)
-        assert kind in {"attention", "mlp", "embedding", "head", "norm", "bias", "buffer"}
+        assert kind in {"attention", "mlp", "mixer", "filter", "embedding", "head", "norm", "bias", "buffer"}
 
 
 @EVERY
 def test_only_vectors_embeddings_and_heads_are_excluded(name: str) -> None:
-    """No matrix of a block escapes: what is excluded there has one dimension."""
+    """No matrix of a block escapes: what is excluded there has one dimension, or is a filter of a few taps."""
     for tensor, parameter in build(name).named_parameters():
         role, _, kind, _ = FAMILIES[name].claim(tensor)
-        assert role is not None or parameter.dim() == 1 or kind in {"embedding", "head"}, tensor
+        assert role is not None or parameter.dim() == 1 or kind in {"embedding", "head", "filter"}, tensor
 
 
 @EVERY

@@ -156,6 +156,26 @@ FAMILIES: dict[str, Family] = {
             tied=True,
             architectures=("GPT2LMHeadModel",),
         ),
+        Family(
+            "mamba2",
+            "backbone.layers",
+            (
+                *_roles("mixer", "mixer_in", "mixer", "in_proj"),
+                *_roles("mixer", "mixer_out", "mixer", "out_proj"),
+            ),
+            (
+                ("backbone.embeddings.weight", "embedding", _KEPT),
+                ("lm_head.weight", "head", _KEPT),
+                ("*.conv1d.weight", "filter", "a filter of a few taps a channel: nothing to gain"),
+                ("*norm.weight", "norm", _SMALL),
+                ("*norm_f.weight", "norm", _SMALL),
+                ("*.mixer.A_log", "bias", _SMALL),
+                ("*.mixer.D", "bias", _SMALL),
+                ("*.mixer.dt_bias", "bias", _SMALL),
+                ("*.bias", "bias", _SMALL),
+            ),
+            architectures=("Mamba2ForCausalLM",),
+        ),
     )
 }
 

@@ -130,7 +130,7 @@ INVENTORY = Table(
         Column("layer", STR, "module path"),
         Column("block", INT, "index of the block; -1 outside the blocks"),
         Column("role", STR, "role in the block; empty when excluded"),
-        Column("kind", STR, "attention, mlp, embedding, head, norm, bias or buffer"),
+        Column("kind", STR, "attention, mlp, mixer, embedding, head, norm, bias, filter or buffer"),
         Column("site", STR, "name of the input that the matrix reads, unique in the model; empty when excluded"),
         Column("rows", INT, "outputs O of a claimed matrix W_OI; first dimension otherwise"),
         Column("columns", INT, "inputs I of a claimed matrix W_OI; 1 for a vector"),

@@ -158,7 +158,7 @@ def test_every_family_scores_as_lm_eval_does(family: str, path: Path, monkeypatc
     found = ours._loglikelihood_tokens(requests)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
     assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=1e-4)
-    assert ours.truncated == [len(a) + len(b) > CONTEXT + 1 for a, b in pairs]
+    assert ours.truncated == [len(a) + len(b) > ours.max_length + 1 for a, b in pairs]
 
 
 def test_what_prompts_share_is_computed_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

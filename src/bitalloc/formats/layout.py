@@ -10,7 +10,8 @@ A matrix W_OI with G groups along its I inputs, b-bit codes and rank r is stored
     <layer>.L_scale, .R_scale  F16  [r]          rank > 0, 8-bit factors
     <layer>.weight   F16 or BF16  [O, I]         passed through
 
-and every excluded tensor under its own name and type: vectors as [n], all else flattened to [rows, columns].
+and every excluded tensor under its own name and type: vectors as [n], the filter of a depthwise convolution as
+[channels, 1, taps], all else flattened to [rows, columns].
 A head that is tied to the embedding and buffers that are recomputed are left out. Codes are flat and bear the name of
 the weight so that software that does not know them fails on the shape instead of making the weight up.
 Bytes are those of the weights files; the JSON files beside them (configuration, index, manifest) are not counted.
@@ -147,6 +148,8 @@ def as_stored(row: dict[str, Any]) -> list[Stored]:
     if row["dtype"] not in _DTYPES:
         raise BitallocError(f"{row['tensor']} has the unknown type {row['dtype']!r}: {nearest(row['dtype'], _DTYPES)}")
     shape = (row["rows"],) if row["columns"] == 1 else (row["rows"], row["columns"])
+    if row["kind"] == "filter":
+        shape = (row["rows"], 1, row["columns"])
     return [Stored(row["tensor"], _DTYPES[row["dtype"]][0], shape)]
 
 

@@ -325,8 +325,10 @@ def loglikelihoods(
     Of context and continuation the last `longest` + 1 tokens count. At most `rows` sequences a forward pass. Prompts
     that begin alike share the keys and values of their beginning, on two levels: what a whole run of prompts has in
     common, then the context of several continuations. No padding ever lies before a scored token, so that neither
-    masks nor positions are needed: a family that can generate can be scored so.
+    masks nor positions are needed: a family that can generate can be scored so. One that keeps a state instead of
+    keys and values reads every prompt whole.
     """
+    shares = not getattr(model, "_is_stateful", False)
     unique: dict[tuple[int, ...], Reading] = {}
     for owner, (context, continuation) in enumerate(pairs):
         if not context or not 0 < len(continuation) <= longest:
@@ -345,10 +347,10 @@ def loglikelihoods(
         for at in range(0, len(readings), rows)
     ]
     log_prob, wrong = np.zeros(len(pairs)), np.zeros(len(pairs))
-    for start, members in _runs(stems):
+    for start, members in _runs(stems) if shares else [((), stems)]:
         cache = _extend(model, None, [list(start)])[1] if start else None
         for depth, batch in _batches(members, len(start), rows):
-            scores, owner_N = _score(model, head, cache, batch, start=len(start), depth=depth)
+            scores, owner_N = _score(model, head, cache, batch, start=len(start), depth=depth if shares else 0)
             log_prob -= total(scores["nll"], owner_N, len(pairs))
             wrong += total(1 - scores["greedy"], owner_N, len(pairs))
     return [(float(value), not off) for value, off in zip(log_prob, wrong, strict=True)]
