@@ -75,8 +75,7 @@ def test_a_longer_sentence_never_leaves_the_page(tmp_path):
 
 def gains(results):
     settings = Analyze(resamples=20, folds=2)
-    tables_read = (results.plans, results.evaluate, results.responses, results.items)
-    return analyze(*tables_read, settings=settings, seed=0)
+    return analyze(results.plans, results.evaluate, results.responses, settings=settings, seed=0)
 
 
 @pytest.mark.parametrize(

@@ -66,8 +66,8 @@ def scores(folder: Path, config: Config) -> tuple[pd.Series, pd.DataFrame]:
     model = load_model(folder, device=CPU)
     windows = Windows(readings.assign(split="whole"), batch=2, device=CPU)
     rows, how = SUITES["protocols"](Scored(model, Head(model), windows, ITEMS))
-    told = {("protocols", task): protocol for task, protocol in how.items()}
-    frame = evaluate.summarise(rows.assign(plan="reference"), told, pd.DataFrame(), resamples=50, seed=0)
+    told = {("reference", "protocols", task): protocol for task, protocol in how.items()}
+    frame = evaluate.summarise(rows.assign(plan="reference"), told, resamples=50, seed=0)
     assert (frame["lo"] <= frame["value"]).all() and (frame["value"] <= frame["hi"]).all()
     return frame.set_index(["task", "metric"])["value"], readings
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -259,8 +260,8 @@ class Bench:
 def summarise(
     responses: pd.DataFrame,
     protocols: Mapping[tuple[str, str, str], str],
-    chances: Mapping[tuple[str, ...], float],
-    statistics: pd.DataFrame,
+    chances: Mapping[tuple[str, ...], float] = MappingProxyType({}),
+    statistics: pd.DataFrame = pd.DataFrame(),  # noqa: B008 - nobody writes to it
     *,
     resamples: int,
     seed: int,
