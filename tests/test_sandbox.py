@@ -55,7 +55,7 @@ ATTEMPTS = {
     "shared memory": "call('shmget', 0, 2**30, 0o1600)",
     "new namespaces": "call('unshare', 0x10000000)",
     "trace": "call('ptrace', 16, 1, 0, 0)",
-    "mount": "call('mount', None, b'/work', b'tmpfs', 0, None)",
+    "mount": "call('mount', None, b'/box', b'tmpfs', 0, None)",
     "type into the terminal": "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSTI, b'x')",
     "input": "input()",
 }  # fmt: skip
@@ -89,7 +89,7 @@ def test_no_way_out(name, tmp_path):
 def test_the_environment_is_empty_and_the_folder_is_writable(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "secret")
     seen = "open('file', 'w').write('x'); import os; print(dict(os.environ), os.getcwd(), os.listdir(), os.getuid())"
-    assert sandbox.run(seen).output == b"{} /work ['file'] 65534\n"
+    assert sandbox.run(seen).output == b"{} /box ['file'] 65534\n"
 
 
 @contained

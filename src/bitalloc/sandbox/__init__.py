@@ -37,7 +37,7 @@ from typing import Any
 from bitalloc.errors import BitallocError
 from bitalloc.sandbox import inside, seccomp
 
-FOLDER = "/work"  # where a program runs; all it writes is forgotten
+FOLDER = "/box"  # where a program runs; all it writes is forgotten
 _NOTHING = "nothing was executed"
 
 # what a program must not be able to do; says "closed" where it is so
