@@ -20,9 +20,9 @@ import yaml
 from numpy.typing import NDArray
 
 from bitalloc.config import Allocate, Bits, Config, Sweep, parse_bytes
-from bitalloc.errors import BitallocError, nearest
+from bitalloc.errors import BitallocError
 from bitalloc.families import FUSED
-from bitalloc.formats.carried import CARRIED, carries, rest_nbytes
+from bitalloc.formats.carried import carries, rest_nbytes
 from bitalloc.formats.carried import nbytes as carried_nbytes
 from bitalloc.formats.layout import checkpoint_nbytes, claim
 from bitalloc.option import PASS_THROUGH, Option
@@ -80,8 +80,6 @@ def build(
         if off := sorted(layers ^ set(claimed.index)):
             raise BitallocError(f"{name} and inventory differ in {off[0]} ({len(off)} matrices); repeat that stage")
     sweep, form = config.sweep, config.format
-    if form not in CARRIED:
-        raise BitallocError(f"unknown format {form!r} in export.formats: {nearest(form, CARRIED)}")
     costs = costs.assign(cost=costs["layer"].map(coefficient).to_numpy() * costs["rel_error"].to_numpy())
     if embeddings is not None:
         costs = pd.concat([costs, embeddings.assign(cost=embeddings["kl_nats_per_token"])], ignore_index=True)

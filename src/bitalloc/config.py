@@ -151,7 +151,9 @@ class Compress(Section):
 
 
 class Export(Section):
-    formats: list[str] = Field([], description="formats in which the checkpoints of compress.plans are exported")
+    formats: list[Literal["huggingface", "gptq", "gguf"]] = Field(
+        [], description="formats in which the checkpoints of compress.plans are exported"
+    )
     k_quants: bool = Field(
         False, description="gguf: smaller types for what is rounded anew, by llama-cpp-python, which must be installed"
     )
