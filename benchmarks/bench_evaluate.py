@@ -9,7 +9,8 @@ Needs BITALLOC_DATA. Two models: a random Llama of 2,048 tokens (width 256, 4 bl
     ratio        of wall seconds, HFLM's over ours; `CPU ratio` of CPU seconds
     apart        ratio of wall seconds when examples are read anew for every prompt: what is left is the context that
                  choices share, and the head, which HFLM computes at every position of a prompt
-    difference   largest in a log-likelihood, nats (perplexity: of a window)
+    difference   largest in a log-likelihood, nats (perplexity: of a window), between the two
+    off, HFLM's  largest distance of ours, and of HFLM's, from HFLM in float64: what of the difference is whose rounding
     answers      items whose most likely choice is the same
     cut          prompts cut on the left
 
@@ -19,6 +20,7 @@ The three take turns, `--repeats` times, and the fastest counts. Tokenising, equ
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import json
 import os
@@ -44,7 +46,8 @@ from bitalloc.suites import Head, Windows, downstream
 CPU = torch.device("cpu")
 MMLU = ("abstract_algebra", "college_biology", "high_school_geography", "marketing")
 WINDOW = 256
-HEADER = ("items/s", "lm-eval", "ratio", "CPU ratio", "apart", "difference", "answers", "cut")
+EXACT = 16  # requests of a task that are repeated in float64
+HEADER = ("items/s", "lm-eval", "ratio", "CPU ratio", "apart", "difference", "off", "HFLM's", "answers", "cut")
 
 
 def build(folder: Path, tokenizer: Path) -> None:
@@ -113,10 +116,14 @@ def compare(lm: Any, head: Head, parts: list[Any], given: argparse.Namespace) ->
     ends = np.cumsum([len(item) for _, item in items])[:-1]
     same = [a.argmax() == b.argmax() for a, b in zip(np.split(mine, ends), np.split(other, ends), strict=True)]
     cut = sum(len(a) + len(b) > lm.max_length + 1 for _, a, b in whole)
-    return row(runs, len(items), float(np.abs(mine - other).max())) | {
-        "answers": f"{sum(same)}/{len(same)}",
-        "cut": f"{cut}/{len(whole)}",
-    }
+    return (
+        row(runs, len(items))
+        | exactness(lm, whole, mine, other, given)
+        | {
+            "answers": f"{sum(same)}/{len(same)}",
+            "cut": f"{cut}/{len(whole)}",
+        }
+    )
 
 
 def chunks(items: list[tuple[str, Any]]) -> list[list[tuple[str, Any]]]:
@@ -125,7 +132,7 @@ def chunks(items: list[tuple[str, Any]]) -> list[list[tuple[str, Any]]]:
     return [part[at : at + downstream.SHARD] for part in by_task for at in range(0, len(part), downstream.SHARD)]
 
 
-def row(runs: dict[str, tuple[Any, float, float]], count: int, difference: float) -> dict[str, Any]:
+def row(runs: dict[str, tuple[Any, float, float]], count: int) -> dict[str, Any]:
     (_, ours_s, ours_cpu_s), (_, theirs_s, theirs_cpu_s) = runs["ours"], runs["theirs"]
     return {
         "items/s": count / ours_s,
@@ -133,7 +140,6 @@ def row(runs: dict[str, tuple[Any, float, float]], count: int, difference: float
         "ratio": theirs_s / ours_s,
         "CPU ratio": theirs_cpu_s / ours_cpu_s,
         "apart": theirs_s / runs["apart"][1] if "apart" in runs else None,
-        "difference": difference,
         "seconds": {name: {"wall_s": wall, "cpu_s": cpu} for name, (_, wall, cpu) in runs.items()},
     }
 
@@ -153,7 +159,20 @@ def perplexity(lm: Any, head: Head, ids_NT: np.ndarray, given: argparse.Namespac
     )
     mine = -(runs["ours"][0]["nll"] * runs["ours"][0]["tokens"]).to_numpy()
     other = np.array([value for value, _ in runs["theirs"][0]])
-    return row(runs, ids_NT.size - len(ids_NT), float(np.abs(mine - other).max()))
+    return row(runs, ids_NT.size - len(ids_NT)) | exactness(lm, requests, mine, other, given)
+
+
+def exactness(lm: Any, requests: list[Any], mine: np.ndarray, other: np.ndarray, given: argparse.Namespace) -> dict:
+    """How far ours and HFLM's log-likelihoods are from each other, and each from HFLM's in float64, nats."""
+    from lm_eval.models.huggingface import HFLM
+
+    every = max(1, len(requests) // EXACT)
+    exact = HFLM(copy.deepcopy(lm.model).double(), tokenizer=lm.tokenizer, batch_size=1, softmax_dtype="float64")
+    true = np.array([value for value, _ in exact._loglikelihood_tokens(requests[::every], disable_tqdm=True)])
+    off = {"off": mine, "HFLM's": other}
+    return {"difference": float(np.abs(mine - other).max())} | {
+        name: float(np.abs(found[::every] - true).max()) for name, found in off.items()
+    }
 
 
 def measure(path: Path, store: Path, given: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:

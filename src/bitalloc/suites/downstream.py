@@ -220,10 +220,11 @@ def _piqa(items: Path, labels: Path) -> Rows:
 # ---- tasks -------------------------------------------------------------------------------------------
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without lm-eval's bars and remarks; ours are the progress lines."""
+    """Without the bars and remarks of lm-eval and the hub; ours are the progress lines, and one line of an error."""
     import datasets
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    for chatty in ("lm_eval", "huggingface_hub"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
     shown = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
