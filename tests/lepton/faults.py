@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 from .project import Toy, wait_for
 
-RUN_S = 6.0  # of an undisturbed run, snakemake's start included
-
 
 @dataclass(frozen=True)
 class Outcome:
@@ -22,7 +20,7 @@ class Outcome:
     leaked: int
     doubles: int
     lost: int
-    submitted: int
+    created: int
 
 
 def at_work(toy: Toy) -> bool:
@@ -86,7 +84,7 @@ def killed_outside(state: str) -> Callable[[Toy, float], int]:
 def interrupted(toy: Toy, share: float, *, again: bool = False, **faults: object) -> int:
     """Ctrl-C at any moment; nothing may run then. The same command again finishes the work."""
     with toy.started() as head:
-        time.sleep(share * RUN_S)
+        time.sleep(share * toy.run_s)
         for name, value in faults.items():
             setattr(toy.standin, name, value)
         for _ in range(3 if again else 1):
@@ -111,7 +109,7 @@ def killed_head(toy: Toy, share: float, *, code: int | None = None, wait: bool =
         if wait:
             wait_for(lambda: at_work(toy), head)
         else:
-            time.sleep(share * RUN_S)
+            time.sleep(share * toy.run_s)
         head.kill()
         head.wait()
     if code is not None:
@@ -123,7 +121,7 @@ def killed_head(toy: Toy, share: float, *, code: int | None = None, wait: bool =
 def terminated(toy: Toy, share: float) -> int:
     """SIGTERM: running jobs are waited for, the rest is not begun; the same command again finishes."""
     with toy.started() as head:
-        time.sleep(share * RUN_S)
+        time.sleep(share * toy.run_s)
         head.terminate()
         head.wait(60)
     time.sleep(1)
@@ -170,4 +168,4 @@ def count(toy: Toy, status: int) -> Outcome:
     time.sleep(0.3)
     standin = toy.standin
     leaked = getattr(toy, "leaked", 0) + len(standin.running())
-    return Outcome(status, leaked, len(standin.doubles()), len(toy.missing()), len(standin.bodies()))
+    return Outcome(status, leaked, len(standin.doubles()), len(toy.missing()), len(standin.jobs))

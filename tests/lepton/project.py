@@ -22,7 +22,9 @@ rule work:
     output: "out/{n}"
     resources: gpu=1
     params: code=CODE
-    shell: "echo begin $$ >>trace-{wildcards.n}; sleep SECONDS; echo {params.code} >{output}"
+    shell:
+        "echo begin $$ >>trace-{wildcards.n}; sleep SECONDS; while test -e hold; do sleep 0.1; done; "
+        "echo {params.code} >{output}"
 """
 SITE = {
     "image": "python:3.11",
@@ -43,6 +45,8 @@ SITE = {
 
 class Toy:
     """A folder with the toy workflow, and snakemake in it."""
+
+    run_s = 6.0  # of an undisturbed run, snakemake's start included
 
     def __init__(self, folder: Path, standin: Standin, *, jobs: int = 2, seconds: float = 1.0, **site: object) -> None:
         self.folder, self.standin, self.jobs, self.seconds = folder, standin, jobs, seconds

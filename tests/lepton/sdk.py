@@ -6,10 +6,6 @@ Reads posted bodies as JSON from stdin; exits non-zero at the first thing that t
 import json
 import sys
 
-from leptonai.api.v2.client import APIClient
-from leptonai.api.v2.job_validation import validate_job_create
-from leptonai.api.v2.types.job import LeptonJob, LeptonJobState
-
 
 def known(model, given, place="body"):
     """Every key that was posted is one of the client's own fields, with the value that was posted."""
@@ -29,33 +25,42 @@ def known(model, given, place="body"):
     compare(given, dumped, place)
 
 
-bodies = json.load(sys.stdin)
-for body in bodies:
-    job = LeptonJob(**body)
-    validate_job_create(job)
-    known(job, body)
+def main(token, url):
+    from leptonai.api.v2.client import APIClient
+    from leptonai.api.v2.job_validation import validate_job_create
+    from leptonai.api.v2.types.job import LeptonJob, LeptonJobState
 
-client = APIClient(workspace_id="standin", auth_token=sys.argv[1], url=sys.argv[2])
-there = client.job.list_all()
-assert len(there) == len(bodies)
-assert {job.status.state for job in there} == {LeptonJobState.Completed}
-assert all(job.metadata.labels.keys() == bodies[0]["metadata"]["labels"].keys() for job in there)
+    bodies = json.load(sys.stdin)
+    for body in bodies:
+        job = LeptonJob(**body)
+        validate_job_create(job)
+        known(job, body)
 
-sleeper = {
-    **bodies[0],
-    "spec": {**bodies[0]["spec"], "container": {"image": "x", "command": ["bash", "-c", "echo up; sleep 60"]}},
-}
-created = client.job.create(LeptonJob(**sleeper))
-assert created.status.state == LeptonJobState.Queueing and created.metadata.id_ != bodies[0]["metadata"]["id"]
-while client.job.get(created.metadata.id_).status.state != LeptonJobState.Running:
-    pass
-[replica] = client.job.get_replicas(created)
-while "up" not in "".join(client.job.get_log(created, replica)):
-    pass
-assert client.job.get_events(created) == []
-assert client.job.update(created.metadata.id_, {"spec": {"stopped": True}})
-while client.job.get(created).status.state != LeptonJobState.Stopped:
-    pass
-assert client.job.delete(created.metadata.id_)
-assert len(client.job.list_all()) == len(bodies)
-print(f"{len(bodies)} bodies valid")
+    client = APIClient(workspace_id="standin", auth_token=token, url=url)
+    there = client.job.list_all()
+    assert len(there) == len(bodies)
+    assert {job.status.state for job in there} == {LeptonJobState.Completed}
+    assert all(job.metadata.labels.keys() == bodies[0]["metadata"]["labels"].keys() for job in there)
+
+    sleeper = {
+        **bodies[0],
+        "spec": {**bodies[0]["spec"], "container": {"image": "x", "command": ["bash", "-c", "echo up; sleep 60"]}},
+    }
+    created = client.job.create(LeptonJob(**sleeper))
+    assert created.status.state == LeptonJobState.Queueing and created.metadata.id_ != bodies[0]["metadata"]["id"]
+    while client.job.get(created.metadata.id_).status.state != LeptonJobState.Running:
+        pass
+    [replica] = client.job.get_replicas(created)
+    while "up" not in "".join(client.job.get_log(created, replica)):
+        pass
+    assert client.job.get_events(created) == []
+    assert client.job.update(created.metadata.id_, {"spec": {"stopped": True}})
+    while client.job.get(created).status.state != LeptonJobState.Stopped:
+        pass
+    assert client.job.delete(created.metadata.id_)
+    assert len(client.job.list_all()) == len(bodies)
+    print(f"{len(bodies)} bodies valid")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
