@@ -27,7 +27,7 @@ def main(repetitions: int, seed: int, only: str) -> int:
             continue
         outcomes, began = [], time.monotonic()
         moments = name.startswith(("Ctrl-C", "SIGTERM", "kill -9"))  # the others do not depend on them
-        runs = repetitions if moments else min(repetitions, 2)
+        runs = repetitions if moments else max(1, repetitions // 3)
         for _ in range(runs):
             share = draw.random()
             with tempfile.TemporaryDirectory() as folder:
