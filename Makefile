@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 CORES ?= 2
 DEMO := results/tiny/goodhart.png results/tiny/report.md
 
-.PHONY: demo test lint format config bench-allocate bench-evaluate bench-export bench-memory bench-peers bench-resume bench-rounds bench-sweep clean
+.PHONY: demo test lint format config test-lepton test-slurm bench-allocate bench-clusters bench-evaluate bench-export bench-memory bench-peers bench-resume bench-rounds bench-sweep clean
 
 demo: $(VENV)/.core
 	$(BIN)/snakemake $(DEMO) --cores $(CORES) --quiet rules host
@@ -15,6 +15,18 @@ demo: $(VENV)/.core
 
 test: $(VENV)/.dev lint
 	$(BIN)/pytest -n $(CORES) --dist loadgroup
+
+# what .ci/run leaves out: Lepton's own client, a real Slurm (installs Debian's packages, needs root)
+test-lepton: $(VENV)/.dev
+	test -x .lepton/bin/python || $(PYTHON) -m venv .lepton
+	.lepton/bin/pip install --quiet --disable-pip-version-check leptonai==0.47.1
+	LEPTONAI_PYTHON=$(CURDIR)/.lepton/bin/python $(BIN)/pytest tests/lepton
+
+# the plugin stays out of $(VENV): merely installed it slows every start of snakemake
+test-slurm: $(VENV)/.dev
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .slurm \
+		snakemake-executor-plugin-slurm==2.8.0 snakemake-executor-plugin-slurm-jobstep==0.6.1
+	BITALLOC_SLURM=1 PYTHONPATH=$(CURDIR)/.slurm $(BIN)/pytest tests/slurm
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -55,6 +67,10 @@ bench-rounds: $(VENV)/.dev
 
 bench-allocate: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_allocate.py
+
+# faults of a Lepton workspace at random moments, against a stand-in on loopback; half an hour
+bench-clusters: $(VENV)/.dev
+	$(BIN)/python benchmarks/bench_clusters.py
 
 bench-evaluate: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_evaluate.py

@@ -1,4 +1,4 @@
-import fcntl
+import contextlib
 import hashlib
 import resource
 import threading
@@ -363,12 +363,9 @@ def test_a_disk_that_fills_up_within_a_shard_is_one_line_and_leaves_no_half(worl
 def test_two_runs_do_not_do_the_same_work_at_once(world, capsys):
     ours = world.experiments()
     work = digest(sorted(ours._key(Q, option) for option in ALL))
-    path = world.store.root / "locks" / f"{work[:24]}.lock"
-    path.parent.mkdir(parents=True)
-    held = path.open("w")
-    fcntl.flock(held, fcntl.LOCK_EX)
-    released = []
-    threading.Timer(0.5, lambda: (released.append(world.store.get(ours._key(Q, ALL[0]))), held.close())).start()
+    other, released = contextlib.ExitStack(), []
+    other.enter_context(Store(world.store.root).lock(work, ""))
+    threading.Timer(0.5, lambda: (released.append(world.store.get(ours._key(Q, ALL[0]))), other.close())).start()
     assert len(ours.rows([Q], ALL)) == len(ALL)
     assert released == [None]  # nothing was computed while the other held the lock
     assert capsys.readouterr().err.count(f"another process computes {Q}") == 1

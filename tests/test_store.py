@@ -3,6 +3,7 @@
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitalloc.errors import BitallocError
-from bitalloc.store import Store, digest, write_atomically
+from bitalloc.store import Store, _Lock, digest, write_atomically
 from tests.permissions import bound
 
 JSON = st.recursive(
@@ -100,6 +101,81 @@ def test_one_at_a_time_does_the_same_work(tmp_path, monkeypatch):
         order.append("first")
     thread.join(30)
     assert order == ["waiting", "first", "second"]
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from bitalloc.store import Store, digest
+with Store(Path(sys.argv[1])).lock(digest("work"), ""):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def held(tmp_path):
+    """A process that holds the lock of some work."""
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def taken(store) -> bool:
+    """Whether the lock can be had at once, or once a void one has been cleared away."""
+    lock = _Lock(store.root / "locks" / f"{digest('work')[:24]}.lock")
+    got = lock.take() or lock.take()
+    if got:
+        lock.release()
+    return got
+
+
+def test_a_lock_lasts_as_long_as_its_process_and_not_longer(tmp_path, held, monkeypatch):
+    monkeypatch.setattr("bitalloc.store.STALE_S", 60)
+    assert not taken(Store(tmp_path))
+    os.kill(held.pid, signal.SIGSTOP)
+    assert not taken(Store(tmp_path))
+    held.kill()
+    held.wait()
+    assert taken(Store(tmp_path))
+    assert not list((tmp_path / "locks").iterdir())
+
+
+def test_a_lock_of_another_machine_is_void_once_it_does_not_change(tmp_path, held, monkeypatch):
+    monkeypatch.setattr("bitalloc.store._machine", lambda: "another machine")
+    lock = _Lock(tmp_path / "locks" / f"{digest('work')[:24]}.lock")
+    for waited, beat in ((0, False), (59, False), (61, True), (122, False)):
+        monkeypatch.setattr("time.monotonic", lambda waited=waited: 1000.0 + waited)
+        if beat:
+            os.utime(lock.path, (1, 1))  # by a clock that is decades off
+        assert not lock.take()
+    assert lock.take()  # 61 s without a beat: cleared away
+    held.kill()
+    held.wait()
+    lock.release()
+
+
+def test_of_many_that_clear_a_void_lock_away_one_gets_it(tmp_path):
+    path = tmp_path / "lock"
+    for _ in range(20):
+        path.write_text("")
+        locks, got = [_Lock(path) for _ in range(4)], []
+
+        def race(lock, got=got):
+            for _ in range(3):
+                if lock.take():
+                    got.append(lock)
+                    return
+
+        threads = [threading.Thread(target=race, args=(lock,)) for lock in locks]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(got) == 1
+        got[0].release()
+        assert not list(tmp_path.iterdir())
 
 
 def test_what_a_killed_process_left_goes_with_the_next_attempt_and_nothing_else(tmp_path):

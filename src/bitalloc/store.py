@@ -8,13 +8,14 @@ that does not match (truncated, flipped, foreign) is treated as absent and compu
 
 from __future__ import annotations
 
-import fcntl
 import glob
 import hashlib
 import json
 import os
 import platform
 import sys
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,6 +25,8 @@ from uuid import uuid4
 from bitalloc.errors import BitallocError
 
 JSON = Mapping[str, Any]
+
+BEAT_S, STALE_S = 10.0, 60.0  # a lock is renewed every BEAT_S; one that was not for STALE_S is void
 
 
 def digest(value: Any) -> str:
@@ -140,18 +143,108 @@ class Store:
 
         Who comes second says `waiting` on stderr, once, and waits; what the first did is in the store by then.
         """
-        path = self.root / "locks" / f"{work[:24]}.lock"
+        lock = _Lock(self.root / "locks" / f"{work[:24]}.lock")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = path.open("w")
-        except OSError as error:
-            raise BitallocError(f"cannot write {path}: {error.strerror}; free space or fix permissions") from None
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            lock.path.parent.mkdir(parents=True, exist_ok=True)
+            while not lock.take():
                 if not self._said:  # two that do the same meet at every step
                     self._said = True
                     print(waiting, file=sys.stderr, flush=True)
-                fcntl.flock(file, fcntl.LOCK_EX)
+                time.sleep(0.1)
+        except OSError as error:
+            raise BitallocError(f"cannot write {lock.path}: {error.strerror}; free space or fix permissions") from None
+        try:
             yield
+        finally:
+            lock.release()
+
+
+class _Lock:
+    """A file that its holder made, rewrites from time to time, and removes. It works on network file systems too.
+
+    `flock` does not: there it may be refused, or hold on one machine only. Making a file under a name that is free and
+    renaming are atomic everywhere. A lock is void when its holder was a process of this machine that is no more, or
+    when it has not changed for `STALE_S` as seen from here, so no two clocks are compared. Work behind it is safe but
+    done twice should a holder be cut off for longer and come back: shards are the same whoever writes them.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.mine = path, canonical([_machine(), os.getpid(), _started(os.getpid()), uuid4().hex])
+        self._seen: tuple[tuple[str, float], float] | None = None  # another's lock, and since when it looks so
+        self._over = threading.Event()
+
+    def take(self) -> bool:
+        """Whether the lock is ours now. A void one is cleared away, to be had next time."""
+        temporary = self.path.with_name(f".{self.path.name}.{uuid4().hex}.tmp")
+        temporary.write_text(self.mine)
+        try:
+            os.link(temporary, self.path)
+        except FileExistsError:
+            self._clear()
+            return False
+        finally:
+            temporary.unlink()
+        threading.Thread(target=self._beat, daemon=True).start()
+        return True
+
+    def release(self) -> None:
+        self._over.set()
+        with suppress(OSError):
+            if self.path.read_text() == self.mine:
+                self.path.unlink()
+
+    def _beat(self) -> None:
+        while not self._over.wait(BEAT_S):
+            with suppress(OSError):
+                os.utime(self.path)
+
+    def _clear(self) -> None:
+        try:
+            with self.path.open() as file:  # opening asks the server; a path alone may be told from a cache
+                found = file.read(), os.fstat(file.fileno()).st_mtime
+        except FileNotFoundError:
+            return
+        now = time.monotonic()
+        if self._seen is None or self._seen[0] != found:
+            self._seen = found, now
+        if not (_gone(found[0]) or now - self._seen[1] > STALE_S):
+            return
+        grave = self.path.with_name(f".{self.path.name}.{uuid4().hex}.tmp")
+        with suppress(FileNotFoundError):
+            os.rename(self.path, grave)  # of several that clear, one succeeds
+            if grave.read_text() != found[0]:  # and that one has met the next holder's lock
+                with suppress(FileExistsError):
+                    os.link(grave, self.path)
+            grave.unlink()
+
+
+def _machine() -> str:
+    """Where process numbers mean the same: one boot of one kernel, and one container on it."""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return platform.node()
+
+
+def _started(pid: int) -> str:
+    """When a process began, in ticks since the boot; a number that is used again is another process's."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""
+
+
+def _gone(content: str) -> bool:
+    """Whether the process that wrote this into its lock is known to be no more."""
+    try:
+        machine, pid, started, _ = json.loads(content)
+        if machine != _machine():
+            return False
+        os.kill(pid, 0)
+        return started != _started(pid)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # alive, and somebody else's
+        return False
+    except (TypeError, ValueError):  # no lock of ours: of a version that used flock, or torn
+        return True

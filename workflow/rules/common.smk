@@ -2,12 +2,15 @@
 
 import functools
 import os
+import platform
 import shutil
 import sys
 import time
 from pathlib import Path
+from uuid import uuid4
 
 from snakemake.exceptions import WorkflowError
+from snakemake_interface_executor_plugins.settings import ExecMode
 
 from bitalloc import config as configuration
 from bitalloc import provenance
@@ -17,7 +20,7 @@ from bitalloc.execute import REFERENCE, permit
 from bitalloc.families import family
 from bitalloc.gates import read_verdict
 from bitalloc.option import options
-from bitalloc.store import Store
+from bitalloc.store import Store, write_atomically
 from bitalloc.sweep import units
 
 # the maths library takes fewer threads on a busy machine unless told not to, and then last digits differ
@@ -47,6 +50,15 @@ for place in (".", "results", "logs", ".snakemake"):
         raise WorkflowError(f"cannot write {os.path.abspath(place)}; fix permissions or mount it writable, then rerun")
 if shutil.disk_usage(".").free < 2**20:
     raise WorkflowError(f"the disk of {os.getcwd()} is full; free space, then rerun")
+# jobs on other machines: what the head wrote must be there, not in another folder under the same path
+BEACON = Path(".snakemake/beacon")
+if workflow.remote_exec and (
+    not BEACON.exists() or os.environ.get("BITALLOC_BEACON", BEACON.read_text()) != BEACON.read_text()
+):
+    raise WorkflowError(
+        f"on {platform.node()}, {os.getcwd()} is not the folder in which the run was started: all machines must mount "
+        "one file system at the same path"
+    )
 # a table of tomorrow looks newer than what it is made from, whatever that is
 MADE = [
     path for pattern in ("*/*.parquet", "*/*/*.parquet", "*/gates/*.json") for path in Path("results").glob(pattern)
@@ -56,6 +68,45 @@ if AHEAD := [str(path) for path in MADE if path.lstat().st_mtime > time.time() +
         f"{AHEAD[0]} and {len(AHEAD) - 1} others are from the future: the clock has gone back. Set it right, or delete "
         "them and rerun (the work is in the store): find results -newermt now ! -path '*/store/*' ! -type d -delete"
     )
+
+
+# One GPU job at a time on this machine, unless `--resources gpu=2` says that it has more cards. Not in a profile: a limit
+# there would hold on clusters too, and cut a job that asks for two GPUs down to one.
+if (
+    workflow.exec_mode == ExecMode.DEFAULT
+    and workflow.global_resources["_nodes"].value is None
+    and "gpu" not in workflow.global_resources
+):
+    workflow.register_resource("gpu", 1)
+
+
+onstart:
+    if not BEACON.exists():
+        write_atomically(BEACON.absolute(), uuid4().hex.encode())
+    # Slurm hands it on to its jobs; those of Lepton look for a file of their own
+    os.environ.update(BITALLOC_BEACON=BEACON.read_text())
+
+
+# seconds each: the head does them while a cluster would still be looking for a place
+localrules:
+    gate_sweep,
+    gate_fit,
+    gate_allocate,
+    gate_pilot,
+    gate_compress,
+    gate_downstream,
+    gates,
+    stop_sign,
+    sweep_assemble,
+    allocate_best,
+    compress_merge,
+    evaluate_merge,
+    humaneval_merge,
+    export_merge,
+    backends_merge,
+    report,
+    report_figures,
+    report_domains,
 
 
 wildcard_constraints:

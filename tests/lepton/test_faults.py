@@ -1,0 +1,122 @@
+"""The executor between snakemake and a workspace that fails: nothing leaked, nothing twice, nothing lost, token kept.
+
+`make bench-clusters` repeats every fault of faults.py at random moments; here run a few that hold most of them.
+"""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+import yaml
+
+from .faults import FAULTS, Outcome, at_work, count, interrupted
+from .project import Toy, wait_for
+from .standin import TOKEN, Standin
+
+
+@pytest.fixture
+def standin(tmp_path):
+    standin = Standin(tmp_path / "standin")
+    yield standin
+    standin.close()
+
+
+@pytest.fixture
+def toy(tmp_path, standin) -> Toy:
+    return Toy(tmp_path / "project", standin)
+
+
+def test_a_workspace_that_fails_in_every_way_is_survived_and_no_one_learns_the_token(toy, standin):
+    with toy.started() as head:
+        wait_for(lambda: standin.requests, head)
+        standin.storm, standin.lost, standin.late = 2, 1, 1
+        wait_for(lambda: at_work(toy), head)
+        standin.garbled, standin.storm = 1, 3
+        next(iter(standin.jobs.values())).kill("Stopped")
+        status = head.wait(60)
+    assert count(toy, status) == Outcome(status=0, leaked=0, doubles=0, lost=0, created=3)  # one was stopped
+    assert "looking whether the job was created" in toy.output()
+    assert "the API answers again" in toy.output()
+    assert not any(TOKEN in text for text in (toy.output(), json.dumps(standin.bodies())))
+    written = [path for path in toy.folder.rglob("*") if path.is_file()]
+    assert not [path for path in written if TOKEN.encode() in path.read_bytes()]
+    [gpu] = {body["spec"]["resource_shape"] for body in standin.bodies()}
+    assert gpu == "gpu.a10"
+
+
+def test_ctrl_c_pressed_thrice_in_an_outage_leaves_no_job(toy, standin):
+    with toy.started() as head:
+        wait_for(lambda: at_work(toy), head)
+        standin.storm = 3
+        for _ in range(3):
+            os.killpg(head.pid, signal.SIGINT)
+            time.sleep(0.2)
+        assert head.wait(60) != 0
+    wait_for(lambda: not standin.running())
+    assert standin.states() == ["Stopped"] * 2
+
+
+def test_ctrl_c_while_a_creation_takes_effect_late_leaves_no_job(toy, standin):
+    toy.jobs = 1
+    toy.write(code=1)
+    with toy.started() as head:
+        standin.late = 1
+        wait_for(standin.bodies, head)
+        os.killpg(head.pid, signal.SIGINT)
+        assert head.wait(60) != 0
+    assert len(standin.jobs) == 1  # it did come to life, and was found
+    wait_for(lambda: not standin.running())
+
+
+def test_killed_and_run_again_it_takes_jobs_over_unless_their_code_has_changed(toy, standin):
+    (toy.folder / "hold").touch()  # jobs work on for as long as it is there
+    with toy.started() as head:
+        wait_for(lambda: at_work(toy), head)
+        head.kill()
+    old = list(standin.jobs)
+    text = (toy.folder / "Snakefile").read_text()
+    (toy.folder / "Snakefile").write_text(text.replace("code=1", "code=lambda wildcards: 1 + int(wildcards.n)"))
+    toy.unlock()
+    with toy.started() as head:
+        wait_for(lambda: len(standin.jobs) == 3, head)
+        (toy.folder / "hold").unlink()
+        status = head.wait(60)
+    assert count(toy, status) == Outcome(status=0, leaked=0, doubles=0, lost=0, created=3)
+    said = toy.output()
+    assert f"2 jobs of an earlier run of this folder are alive: {', '.join(old)}" in said
+    assert said.count("taken over from an earlier run") == 1
+    assert said.count("does this work with other code; stopping it") == 1
+    assert [(toy.folder / f"out/{n}").read_text() for n in range(2)] == ["1\n", "2\n"]
+
+
+def test_a_mount_that_is_not_the_heads_is_one_line_and_not_tried_again(toy, standin):
+    standin.elsewhere = str(toy.folder)
+    assert toy.run() == 1
+    assert len(standin.jobs) == toy.jobs
+    [line] = {line.strip() for line in toy.output().splitlines() if "is not the folder of the head" in line}
+    assert f"{toy.folder} is not the folder of the head; mount one shared file system" in line
+
+
+@pytest.mark.parametrize(
+    ("site", "faults", "said"),
+    [
+        ({}, {"refuse": True}, "HTTP 401, the token is refused; nothing was submitted"),
+        ({"imgae": "x"}, {}, "unknown key 'imgae'; did you mean 'image'?"),
+        ({"shapes": []}, {}, "shapes is missing; fill it in"),
+    ],
+)
+def test_what_cannot_start_is_one_line(toy, standin, site, faults, said):
+    given = yaml.safe_load((toy.folder / "site.yaml").read_text())
+    (toy.folder / "site.yaml").write_text(yaml.safe_dump({**given, **site}))
+    for name, value in faults.items():
+        setattr(standin, name, value)
+    assert toy.run() == 1
+    assert said in toy.output() and "Traceback" not in toy.output()
+    assert not standin.jobs and TOKEN not in toy.output()
+
+
+def test_the_bench_knows_what_is_due():
+    assert {due for _, due, _ in FAULTS.values()} == {0, 1}
+    assert all(callable(run) for run, _, _ in FAULTS.values()) and callable(interrupted)
