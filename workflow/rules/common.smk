@@ -158,6 +158,15 @@ def embeddings(wildcards):
     return [] if offered == [16] else f"results/{wildcards.model}/embeddings.parquet"
 
 
+def leaked(name):
+    """Input function: a table of the arm of that name, where the configuration has it."""
+
+    def inputs(wildcards):
+        return f"results/{wildcards.model}/leaked/{name}" if "leaked" in settings(wildcards.model).allocate.arms else []
+
+    return checked(inputs)
+
+
 @checked
 def exports(wildcards):
     """Tables of the checkpoints in the formats that the configuration names."""
