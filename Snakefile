@@ -22,6 +22,8 @@ include: "workflow/rules/humaneval.smk"
 include: "workflow/rules/export.smk"
 include: "workflow/rules/backends.smk"
 include: "workflow/rules/analyze.smk"
+include: "workflow/rules/phase.smk"
+include: "workflow/rules/success.smk"
 include: "workflow/rules/report.smk"
 
 

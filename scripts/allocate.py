@@ -15,6 +15,7 @@ def main(
     path_to_sensitivity: Path,
     path_to_inventory: Path,
     path_to_embeddings: Path | None,
+    path_to_leaked: Path | None,
     paths_to_verdicts: list[Path],
     settings: Config,
     path_to_plans: Path,
@@ -26,6 +27,7 @@ def main(
         INVENTORY.read(path_to_inventory),
         settings,
         EMBEDDINGS.read(path_to_embeddings) if path_to_embeddings else None,
+        SENSITIVITY.read(path_to_leaked) if path_to_leaked else None,
     )
     verdicts = [row for path in paths_to_verdicts for row in read_verdict(path)["checks"]]
     folder.mkdir(parents=True, exist_ok=True)
@@ -41,6 +43,7 @@ if __name__ == "__main__":
             path_to_sensitivity=Path(snakemake.input.sensitivity),
             path_to_inventory=Path(snakemake.input.inventory),
             path_to_embeddings=Path(snakemake.input.embeddings) if snakemake.input.embeddings else None,
+            path_to_leaked=Path(snakemake.input.leaked) if snakemake.input.leaked else None,
             paths_to_verdicts=[Path(path) for path in snakemake.input.verdicts],
             settings=Config(**snakemake.params.settings),
             path_to_plans=Path(snakemake.output.plans),

@@ -7,13 +7,25 @@ from bitalloc.evaluate import evaluate
 from bitalloc.experiments import open_experiments
 from bitalloc.gates import read_verdict
 from bitalloc.script import stage
-from bitalloc.tables import CHECKPOINTS, EVALUATE, INVENTORY, ITEMS, PLAN, PLANS, RESPONSES, TOKENS, verdicts
+from bitalloc.tables import (
+    CHECKPOINTS,
+    EVALUATE,
+    INVENTORY,
+    ITEMS,
+    PLAN,
+    PLANS,
+    RESPONSES,
+    TOKENS,
+    verdicts,
+    without_arms,
+)
 
 
 def main(*, part: int, inputs: dict[str, Path], settings: Config, results: Path, outputs: dict[str, Path]) -> None:
     plans = PLANS.read(inputs["plans"])
     if read_verdict(inputs["allocate"])["route"] == "near_uniform":
-        plans = plans[plans["strategy"] != "random"]  # nothing to gain: the pool is not worth its hours
+        # nothing to gain: pool and arms are not worth their hours
+        plans = without_arms(plans[plans["strategy"] != "random"])
     written = CHECKPOINTS.read(inputs["checkpoints"]).set_index("plan")["path"]
     mine = plans["plan"].tolist()[part :: settings.evaluate.jobs]
     experiments = open_experiments(

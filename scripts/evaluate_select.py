@@ -1,4 +1,7 @@
-"""Candidates for `best`, and the plans of the pilot, on the select split -> select.parquet [tables.EVALUATE]."""
+"""Candidates for `best`, and the plans of the pilot, on the select split -> select.parquet [tables.EVALUATE].
+
+Those of the arm `leaked` likewise, on the report split and by perplexity alone.
+"""
 
 from pathlib import Path
 
@@ -8,12 +11,13 @@ from bitalloc.experiments import open_experiments
 from bitalloc.script import stage
 from bitalloc.tables import EVALUATE, INVENTORY, ITEMS, PLAN, PLANS, TOKENS, verdicts
 
-SUITES = ("perplexity", "divergence")
+SUITES = {"select": ("perplexity", "divergence"), "report": ("perplexity",)}
+ENTRANTS = {"select": r"optimal(_\d+)?|uniform|manual", "report": r"leaked_\d+|uniform"}
 
 
-def main(*, inputs: dict[str, Path], settings: Config, path_to_scores: Path) -> None:
+def main(*, inputs: dict[str, Path], settings: Config, split: str, path_to_scores: Path) -> None:
     plans = PLANS.read(inputs["plans"])
-    competing = plans["strategy"].str.match(r"(optimal(_\d+)?|uniform|manual)$")
+    competing = plans["strategy"].str.fullmatch(ENTRANTS[split])
     experiments = open_experiments(
         inputs["checkpoint"], inputs["inventory"], inputs["moments"], settings, inputs.get("embeddings")
     )
@@ -24,11 +28,11 @@ def main(*, inputs: dict[str, Path], settings: Config, path_to_scores: Path) -> 
         experiments=experiments,
         tokens=TOKENS.read(inputs["tokens"]),
         items=ITEMS.read(inputs["items_table"]).iloc[:0],
-        split="select",
+        split=split,
         settings=settings.evaluate,
         store=experiments.store,
         device=experiments.device,
-        suites=SUITES,
+        suites=SUITES[split],
         seed=settings.seed,
     )
     EVALUATE.write(scores, path_to_scores, verdicts=verdicts(inputs["plans"]))
@@ -39,5 +43,6 @@ if __name__ == "__main__":
         main(
             inputs={name: Path(path) for name, path in snakemake.input.items() if path},
             settings=Config(**snakemake.params.settings),
+            split=snakemake.params.split,
             path_to_scores=Path(snakemake.output[0]),
         )

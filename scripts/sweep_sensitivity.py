@@ -1,4 +1,7 @@
-"""What a unit of error in each matrix costs in KL -> sensitivity.parquet [tables.SENSITIVITY]."""
+"""What a unit of error in each matrix costs in KL -> sensitivity.parquet [tables.SENSITIVITY].
+
+The arm `leaked` has a table of its own: the signal that the allocation uses, on all windows of the report split.
+"""
 
 from pathlib import Path
 
@@ -16,18 +19,24 @@ def main(
     path_to_moments: Path,
     path_to_tokens: Path,
     settings: Config,
+    split: str,
     path_to_sensitivity: Path,
 ) -> None:
+    tokens, measured = TOKENS.read(path_to_tokens), settings.sensitivity
+    if split == "report":
+        windows = int((tokens["split"] == split).sum())
+        measured = measured.model_copy(update={"signals": [measured.signal], "windows": max(1, windows)})
     experiments = open_experiments(path_to_checkpoint, path_to_inventory, path_to_moments, settings)
     frame = sensitivity.sensitivity(
         path=experiments.checkpoint.path,
         inventory=INVENTORY.read(path_to_inventory),
         experiments=experiments,
-        tokens=TOKENS.read(path_to_tokens),
-        settings=settings.sensitivity,
+        tokens=tokens,
+        settings=measured,
         store=experiments.store,
         device=experiments.device,
         seed=settings.seed,
+        split=split,
     )
     SENSITIVITY.write(frame, path_to_sensitivity)
 
@@ -40,5 +49,6 @@ if __name__ == "__main__":
             path_to_moments=Path(snakemake.input.moments),
             path_to_tokens=Path(snakemake.input.tokens),
             settings=Config(**snakemake.params.settings),
+            split=snakemake.params.split,
             path_to_sensitivity=Path(snakemake.output[0]),
         )

@@ -15,6 +15,7 @@ from bitalloc.allocate import (
     budget_slug,
     build,
     choose_best,
+    choose_leaked,
     limit,
     parse_budget,
     serving_nbytes,
@@ -334,6 +335,82 @@ def test_best_needs_a_score_of_every_candidate(value):
     kl.pop("uniform-2.8bpw") if value is None else kl.update({"uniform-2.8bpw": value})
     with pytest.raises(BitallocError, match=r"uniform-2\.8bpw has no divergence"):
         choose_best(plans, frames, scored(plans, kl))
+
+
+# ---- the arms of the analysis, and controls that cannot be -----------------------------------------------
+def halves(made: Model) -> Model:
+    """The model with its first two roles as attention."""
+    first = {"q_proj", "k_proj"}
+    parts = (
+        frame.assign(kind=frame["kind"].mask(frame["role"].isin(first), "attention"))
+        for frame in (made.inventory, made.costs, made.sensitivity)
+    )
+    return Model(*parts)
+
+
+def test_component_plans_are_at_no_budget_and_disturb_nobody(tmp_path):
+    made = halves(model())
+    plain, _ = made.allocate(configured())
+    plans, frames = made.allocate(configured(arms=["component"]))
+    tables.PLANS.write(plans, tmp_path / "plans.parquet")
+    pd.testing.assert_frame_equal(tables.without_arms(plans), plain)
+    arm = plans[plans["strategy"] == "component"]
+    assert list(dict.fromkeys(arm["budget"])) == ["component attention", "component mlp"]
+    for budget, group in arm.groupby("budget"):
+        kind = budget.removeprefix("component ")
+        assert list(group["plan"]) == [f"component-{kind}-{step}" for step in range(1, len(group) + 1)]
+        assert group["objective"].is_monotonic_increasing and (group["objective"] > 0).all()
+        for row in group.itertuples():
+            frame = frames[row.plan].merge(made.inventory[["layer", "kind"]])
+            tables.PLAN.write(frames[row.plan], tmp_path / "plan.parquet")
+            assert set(frame.loc[frame["kind"] != kind, "bits"]) == {16}
+            assert frame.loc[frame["kind"] == kind, "bits"].max() < 16
+            assert row.nbytes == row.budget_bytes == frame["nbytes"].sum()
+            assert frame["cost_nats_per_token"].sum() == pytest.approx(row.objective)
+    pd.testing.assert_frame_equal(plans, made.allocate(configured(arms=["component"]))[0])
+
+
+def leaking(made: Model) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:
+    """Plans with candidates of the arm, whose coefficients run the other way."""
+    coefficient = made.sensitivity["coefficient"].to_numpy()
+    seen = made.sensitivity.assign(coefficient=coefficient[::-1])
+    return allocate(made.costs, made.sensitivity, made.inventory, configured(arms=["leaked"]), leaked=seen)
+
+
+def test_leaked_candidates_are_as_many_as_those_of_best_and_fit():
+    made = model()
+    plans, _ = leaking(made)
+    leaked = plans[plans["strategy"].str.fullmatch(r"leaked_\d+")]
+    assert list(leaked["plan"]) == ["leaked_1-2.8bpw", "leaked_2-2.8bpw", "leaked_3-2.8bpw"]
+    assert (leaked["nbytes"] <= leaked["budget_bytes"]).all()
+    # told in the costs of all other plans, where no plan can be better than the optimum
+    assert (leaked["objective"] >= leaked["lower_bound"]).all() and leaked["gap"].iloc[0] > 0.05
+    pd.testing.assert_frame_equal(plans, leaking(made)[0])
+
+
+def test_leaked_is_the_winner_by_loss_on_the_report_split():
+    plans, frames = leaking(model())
+    nll = dict.fromkeys(plans["plan"], 0.1) | {"leaked_2-2.8bpw": 0.9}  # `scored` turns them on the report split
+    scores = scored(plans, nll).assign(suite="perplexity", metric="nll_nats_per_token")
+    rows, chosen = choose_leaked(plans, frames, scores)
+    assert list(rows["plan"]) == list(chosen) == ["leaked-2.8bpw"]
+    assert rows["note"][0] == "won by leaked_2 on the report split: NLL 0.1 (uniform 0.9)"
+    pd.testing.assert_frame_equal(chosen["leaked-2.8bpw"], frames["leaked_2-2.8bpw"])
+    with pytest.raises(BitallocError, match=r"leaked_1-2\.8bpw has no perplexity"):
+        choose_leaked(plans, frames, scores[scores["plan"] != "leaked_1-2.8bpw"])
+
+
+def test_a_control_that_the_options_do_not_allow_leaves_its_reason():
+    config = parse({"sweep": SWEEP | {"ranks": [2, 4]}, "allocate": {"budgets": ["2.9bpw"], "pool": 0}})
+    plans, frames = model(config=config).allocate(config)
+    assert "bits_only-2.9bpw" not in frames
+    note = plans.set_index("plan").loc["optimal-2.9bpw", "note"]
+    assert note.startswith("no bits_only: nothing to choose from")
+
+
+def test_plans_of_the_arms_are_never_shipped():
+    with pytest.raises(BitallocError, match="leaked plans serve the analysis alone"):
+        parse({"compress": {"plans": ["best", "leaked"]}})
 
 
 def test_overrides_are_yaml_with_the_summary_above():

@@ -1,4 +1,5 @@
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib import rcParams
 from matplotlib.image import imread
@@ -7,7 +8,9 @@ from bitalloc import figures, tables
 from bitalloc.analyze import analyze, summary
 from bitalloc.config import Analyze
 from bitalloc.figures.domains import _Data
+from bitalloc.figures.phase import sentence
 from bitalloc.figures.style import mark, spread
+from bitalloc.phase import controls, phase
 from tests.simulated import empty, gates, law, residuals, sensitivity, simulate, sweep
 
 STAMP = figures.stamp(gates())
@@ -93,6 +96,35 @@ def test_domains(tmp_path, settings, written):
         results.plans, checkpoints, gains(results), ["world"], tmp_path / "domains.png", STAMP, model="simulated"
     )
     drawn(tmp_path / "domains.png", 13.5)
+
+
+def test_phase(tmp_path):
+    results, swept = simulate(pool=0, items=10), sweep(blocks=2)
+    inventory = swept.drop_duplicates("layer").assign(rows=128, columns=128, claimed=True)
+    found = phase(swept, sensitivity(), inventory, results.plans, signal="kl", resamples=20, seed=0)
+    frames = {plan: found.head(place) for place, plan in enumerate(results.plans["plan"])}
+    compared = controls(results.plans, results.responses, frames, resamples=20, seed=0)
+    alone = compared.iloc[:0]
+    for name, paired in (("a", compared), ("b", compared), ("unpaired", alone)):
+        figures.phase(found, paired, tmp_path / f"{name}.png", STAMP, model="simulated")
+    drawn(tmp_path / "a.png", 13.5)
+    drawn(tmp_path / "unpaired.png", 13.5)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_the_headline_of_phase_says_the_negative_result_first():
+    frame = pd.DataFrame(
+        {"scope": "matrix", "budget": "3bpw", "name": ["a", "b", "c"], "winner": ["rank", "bits", "open"]}
+    )
+    case = {"control": "bits_only", "metric": "kl_nats_per_token", "value": 0.0}
+    open_, won = case | {"lo": -1.0, "hi": 1.0}, case | {"lo": -2.0, "hi": -1.0}
+    said = "rank is predicted to save 2 % of KL or more in 1 of 3 matrices at 3bpw"
+    assert sentence(frame, pd.DataFrame([open_])) == (
+        "No gain from rank at equal bytes: measured KL with it is below that of bits alone in 0 of 1 cases, "
+        f"above in 0; {said}"
+    )
+    assert sentence(frame, pd.DataFrame([open_, won])).startswith("Rank can pay: measured KL with it is below")
+    assert sentence(frame, pd.DataFrame(columns=list(open_))) == said.capitalize().replace("kl", "KL")
 
 
 def test_the_headline_of_domains_counts_whole_intervals_and_tells_calibrated_text_apart():

@@ -187,7 +187,8 @@ def test_allocate_takes_the_best_budget_and_falls_back_where_uniform_is_as_good(
 def pilot_gate(nll, kl=None, criteria=STOP, bpw=2.6):
     """`nll` of plan -> mean over corpora; at 3.3 bits a weight everybody is equal. KL is nll unless given."""
     names = [name for name in nll if name != "reference"]
-    pool = [("random", "mid", bpw, 1.0)] * 2
+    # what keeps to no budget, or has seen the report windows, is never the pilot's
+    pool = [("random", "mid", bpw, 1.0)] * 2 + [("component", "component mlp", 2.5, 1.0), ("leaked_1", "mid", bpw, 1.0)]
     plans = plans_frame(*(("manual", "high", 3.3, 1.0), *pool), *((name, "mid", bpw, 1.0) for name in names))
     values = {name if name == "reference" else f"{name}-mid": value for name, value in nll.items()}
     divergence = values | {f"{name}-mid": value for name, value in (kl or {}).items()}

@@ -27,6 +27,7 @@ from bitalloc.formats.carried import nbytes as carried_nbytes
 from bitalloc.formats.layout import checkpoint_nbytes, claim
 from bitalloc.option import PASS_THROUGH, Option
 from bitalloc.strategies import Choice, Instance, random, strategy
+from bitalloc.strategies.component import components
 from bitalloc.strategies.optimal import Solution, gap, solve
 
 _OPTION = ["quantizer", "bits", "group_size", "rank"]
@@ -36,6 +37,7 @@ _BPW = re.compile(r"([0-9]*\.?[0-9]+) ?bpw")
 _CARD = re.compile(r"(.*?)(?: context ([1-9][0-9]*)(?: batch ([1-9][0-9]*))?)?")
 _TRIES = 10  # solves or draws for each further plan that must differ from those before
 _RESTRICTED = {"bits_only": "rank 0 only", "rank_only": "one quantizer, bits and group size; rank free"}
+_KL, _NLL = ("divergence", "kl_nats_per_token"), ("perplexity", "nll_nats_per_token")
 
 
 @dataclass(frozen=True)
@@ -202,18 +204,21 @@ def _uniform_budget(text: str, match: re.Match, inventory: pd.DataFrame, sweep: 
     return Budget(text, total, option=option)
 
 
-def allocate(
+def allocate(  # noqa: PLR0917 - tables and settings
     costs: pd.DataFrame,
     sensitivity: pd.DataFrame,
     inventory: pd.DataFrame,
     config: Config,
     embeddings: pd.DataFrame | None = None,
+    leaked: pd.DataFrame | None = None,
 ) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:
-    """PLANS frame and plan name -> PLAN frame: all budgets x strategies, runners-up and the random pool.
+    """PLANS frame and plan name -> PLAN frame: all budgets x strategies, runners-up, the random pool, and the arms.
 
     `lower_bound` is that of the joint problem, so every plan's gap tells how far it can be from the best. Groups
     that are to be fused take one option together; the plan `unfused` then shows what that costs. `embeddings`, an
-    EMBEDDINGS frame, puts the embedding and a head of its own into the same budgets.
+    EMBEDDINGS frame, puts the embedding and a head of its own into the same budgets. A control (`bits_only`,
+    `rank_only`) that the options do not allow is left out, and the note of `optimal` says why. `leaked`, a SENSITIVITY
+    frame of the report windows, gives the candidates `leaked_1`, `leaked_2` .. of the arm of that name.
     """
     settings = config.allocate
     whole = build(costs, sensitivity, inventory, config, embeddings)
@@ -222,6 +227,7 @@ def allocate(
     place["role"] = place["role"].mask(place["role"] == "", place.pop("kind"))  # embedding and head play their own
     unit_N = units(place, config.fuse)
     instance = whole.fused(unit_N)
+    seen = None if leaked is None else build(costs, leaked, inventory, config, embeddings).fused(unit_N)
     budgets = [parse_budget(text, instance, inventory, config.sweep, config.format) for text in settings.budgets]
     if twice := [b.text for b in budgets if [c.slug for c in budgets].count(b.slug) > 1]:
         raise BitallocError(f"allocate.budgets names {twice[0]!r} twice; remove one")
@@ -232,7 +238,7 @@ def allocate(
         solution = solve(instance, budget.nbytes)
         choices = [
             (name, plan, choice_U[unit_N], note)
-            for name, plan, choice_U, note in _choices(instance, budget, solution, config)
+            for name, plan, choice_U, note in _choices(instance, budget, solution, config, seen)
         ]
         if config.fuse:
             free_N, fused = solve(whole, budget.nbytes).choice_N, instance.objective(solution.choice_N)
@@ -241,41 +247,107 @@ def allocate(
             choices.append((UNFUSED, f"{UNFUSED}-{budget.slug}", free_N, note))
         for name, plan, choice_N, note in choices:
             frames[plan] = _plan(whole, place, choice_N)
-            objective, nbytes = whole.objective(choice_N), whole.size(choice_N)
             rows.append(
                 {
-                    "plan": plan,
-                    "strategy": name,
-                    "budget": budget.text,
-                    "budget_bytes": budget.nbytes,
-                    "nbytes": nbytes,
-                    "bits_per_weight": instance.bits_per_weight(nbytes),
-                    "checkpoint_nbytes": checkpoint_nbytes(inventory, frames[plan], config.sweep),
-                    "objective": objective,
+                    **{"plan": plan, "strategy": name, "budget": budget.text, "budget_bytes": budget.nbytes},
+                    **_measures(whole, choice_N, checkpoint_nbytes(inventory, frames[plan], config.sweep)),
                     "lower_bound": solution.lower_bound,
-                    "gap": gap(objective, solution.lower_bound),
+                    "gap": gap(whole.objective(choice_N), solution.lower_bound),
                     "note": note,
                 }
             )
+    if "component" in settings.arms:
+        for row, frame in _components(whole, place, inventory, config):
+            rows.append(row)
+            frames[row["plan"]] = frame
     return pd.DataFrame(rows), frames
 
 
+def _measures(instance: Instance, choice_N: Choice, checkpoint: int) -> dict[str, Any]:
+    nbytes = instance.size(choice_N)
+    return {
+        "nbytes": nbytes,
+        "bits_per_weight": instance.bits_per_weight(nbytes),
+        "checkpoint_nbytes": checkpoint,
+        "objective": instance.objective(choice_N),
+    }
+
+
+def _components(
+    instance: Instance, place: pd.DataFrame, inventory: pd.DataFrame, config: Config
+) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
+    """A row of PLANS and a PLAN for each step of harm in each component; the others keep 16 bits, swept or not.
+
+    Such a plan is at no equal-byte budget: it reads `component attention`, its bytes are the plan's own.
+    """
+    place_N = inventory[inventory["claimed"]].set_index("layer").loc[list(instance.layers)]
+    kind = place_N["kind"].replace({"head": "embedding"}).tolist()  # what stands apart is one component
+    whole = _with_reference(instance, place_N[["rows", "columns"]].to_numpy(), config.format)
+    count: dict[str, int] = {}
+    for name, choice_N in components(whole, kind):
+        count[name] = count.get(name, 0) + 1
+        frame = _plan(whole, place, choice_N)
+        option = whole.options[choice_N[kind.index(name)]]
+        measures = _measures(whole, choice_N, checkpoint_nbytes(inventory, frame, config.sweep))
+        yield (
+            {
+                "plan": f"component-{name}-{count[name]}",
+                "strategy": "component",
+                "budget": f"component {name}",
+                "budget_bytes": measures["nbytes"],
+                **measures,
+                "lower_bound": math.nan,
+                "gap": math.nan,
+                "note": f"{option.name} in {kind.count(name)} of {len(kind)} matrices, the others untouched",
+            },
+            frame,
+        )
+
+
+def _with_reference(instance: Instance, sides_N2: NDArray[np.int64], form: str) -> Instance:
+    """The problem with 16 bits for every matrix; an embedding has them if they were measured."""
+    through, added = Option(PASS_THROUGH, 16, 0, 0), ((0, 0), (0, 1))
+    options, nbytes_NK, costs_NK = instance.options, instance.nbytes_NK.copy(), instance.costs_NK.copy()
+    if through not in options:
+        options = (*options, through)
+        nbytes_NK, costs_NK = np.pad(nbytes_NK, added), np.pad(costs_NK, added, constant_values=np.inf)
+    k = options.index(through)
+    for i in np.flatnonzero(~instance.apart_N & ~np.isfinite(costs_NK[:, k])):
+        nbytes_NK[i, k], costs_NK[i, k] = carried_nbytes(form, through, *map(int, sides_N2[i])), 0.0
+    return replace(instance, options=options, nbytes_NK=nbytes_NK, costs_NK=costs_NK)
+
+
 def _choices(
-    instance: Instance, budget: Budget, solution: Solution, config: Config
+    instance: Instance, budget: Budget, solution: Solution, config: Config, leaked: Instance | None
 ) -> Iterator[tuple[str, str, Choice, str]]:
     """(strategy, plan name, choice, note) of everything that is made for one budget."""
     settings, draw = config.allocate, [config.seed, *budget.slug.encode()]
+    found, refused = {}, []
     for name in settings.strategies:
         if name == "optimal":
-            choice_N, note = solution.choice_N, ""
+            found[name] = solution.choice_N, ""
         elif name == "uniform":
-            choice_N, note = _uniform(instance, budget)
+            found[name] = _uniform(instance, budget)
         else:
-            choice_N, note = strategy(name)(instance, budget.nbytes, seed=config.seed), _RESTRICTED.get(name, "")
-        yield name, f"{name}-{budget.slug}", choice_N, note
+            try:
+                choice_N = strategy(name)(instance, budget.nbytes, seed=config.seed)
+            except BitallocError as error:
+                if name not in _RESTRICTED:
+                    raise
+                refused.append(f"no {name}: {error}")
+            else:
+                found[name] = choice_N, _RESTRICTED.get(name, "")
+    for name, (choice_N, note) in found.items():
+        yield name, f"{name}-{budget.slug}", choice_N, "; ".join(refused) if name == "optimal" else note
     note = f"optimal for coefficients jittered by {settings.jitter:g} (log-normal)"
     for rank, choice_N in enumerate(_runners_up(instance, budget, solution, settings, draw)):
         yield f"optimal_{rank + 2}", f"optimal_{rank + 2}-{budget.slug}", choice_N, note
+    if leaked is not None:  # the same search with what the report windows say
+        solution = solve(leaked, budget.nbytes)
+        for rank, choice_N in enumerate(
+            [solution.choice_N, *_runners_up(leaked, budget, solution, settings, draw)], start=1
+        ):
+            yield f"leaked_{rank}", f"leaked_{rank}-{budget.slug}", choice_N, "coefficients of the report windows"
     for serial, choice_N in enumerate(_pool(instance, budget, settings, draw)):
         yield "random", f"random-{budget.slug}-{serial:03d}", choice_N, ""
 
@@ -337,27 +409,49 @@ def choose_best(
     worse than uniform. The KL is the mean over the corpora of metric kl_nats_per_token, suite divergence; of equals
     the smaller plan wins. Raises `BitallocError` when a candidate was not evaluated.
     """
+    return _choose(plans, frames, evaluate, "best", candidates=r"optimal(_\d+)?|uniform", split="select", by=_KL)
+
+
+def choose_leaked(
+    plans: pd.DataFrame, frames: Mapping[str, pd.DataFrame], evaluate: pd.DataFrame
+) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:
+    """PLANS rows and PLAN frames of `leaked-<budget>`: the candidate of least NLL on the very windows of the report.
+
+    Candidates are `leaked_<n>` and the uniform plan, as many as for `best`.
+    """
+    return _choose(plans, frames, evaluate, "leaked", candidates=r"leaked_\d+|uniform", split="report", by=_NLL)
+
+
+def _choose(
+    plans: pd.DataFrame,
+    frames: Mapping[str, pd.DataFrame],
+    evaluate: pd.DataFrame,
+    title: str,
+    *,
+    candidates: str,
+    split: str,
+    by: tuple[str, str],
+) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:
+    """Rows and frames of `<title>-<budget>`, the candidate whose score `by` (suite, metric) is least on the split."""
+    (suite, metric), word = by, by[1].partition("_")[0].upper()
     scores = evaluate[
-        (evaluate["suite"] == "divergence")
-        & (evaluate["metric"] == "kl_nats_per_token")
-        & evaluate["task"].str.endswith("/select")
+        (evaluate["suite"] == suite) & (evaluate["metric"] == metric) & evaluate["task"].str.endswith(f"/{split}")
     ]
-    kl = scores.pivot(index="plan", columns="task", values="value").mean(axis=1, skipna=False).to_dict()
-    competes = plans["strategy"].str.fullmatch(r"optimal(_\d+)?|uniform")
-    rows, best = [], {}
-    for budget, group in plans[competes].groupby("budget", sort=False):
-        entrants = group.assign(kl=group["plan"].map(kl).astype(float))
-        if entrants["kl"].isna().any():
-            plan = entrants.loc[entrants["kl"].isna(), "plan"].iloc[0]
-            raise BitallocError(f"{plan} has no divergence on every corpus of the select split; evaluate it there")
-        winner = entrants.sort_values(["kl", "nbytes", "plan"]).iloc[0]
-        uniform = entrants.loc[entrants["strategy"] == "uniform", "kl"]
+    score = scores.pivot(index="plan", columns="task", values="value").mean(axis=1, skipna=False).to_dict()
+    rows, chosen = [], {}
+    for budget, group in plans[plans["strategy"].str.fullmatch(candidates)].groupby("budget", sort=False):
+        entrants = group.assign(score=group["plan"].map(score).astype(float))
+        if entrants["score"].isna().any():
+            plan = entrants.loc[entrants["score"].isna(), "plan"].iloc[0]
+            raise BitallocError(f"{plan} has no {suite} on every corpus of the {split} split; evaluate it there")
+        winner = entrants.sort_values(["score", "nbytes", "plan"]).iloc[0]
+        uniform = entrants.loc[entrants["strategy"] == "uniform", "score"]
         against = f" (uniform {uniform.iloc[0]:.4g})" if len(uniform) else ""
-        name = f"best-{budget_slug(budget)}"
-        note = f"won by {winner['strategy']} on the select split: KL {winner['kl']:.4g}{against}"
-        rows.append({**winner[plans.columns].to_dict(), "plan": name, "strategy": "best", "note": note})
-        best[name] = frames[winner["plan"]]
-    return pd.DataFrame(rows, columns=plans.columns), best
+        name = f"{title}-{budget_slug(budget)}"
+        note = f"won by {winner['strategy']} on the {split} split: {word} {winner['score']:.4g}{against}"
+        rows.append({**winner[plans.columns].to_dict(), "plan": name, "strategy": title, "note": note})
+        chosen[name] = frames[winner["plan"]]
+    return pd.DataFrame(rows, columns=plans.columns), chosen
 
 
 def write_overrides(plan: pd.DataFrame, row: Mapping[str, Any]) -> str:

@@ -30,7 +30,7 @@ from bitalloc.statistics import (
     spearman,
     split_items,
 )
-from bitalloc.tables import GOODHART
+from bitalloc.tables import GOODHART, without_arms
 
 NLL, KL, ACC, TOP1 = "nll_nats_per_token", "kl_nats_per_token", "acc", "top1"
 REFERENCE, UNIFORM, BEST, POOL = "reference", "uniform", "best", "random"
@@ -107,7 +107,7 @@ class _Study:
         kl = {f"kl:{name}": each for name, each in scores(responses, KL).items()}
         sets = {f"nll:{name}": each for name, each in self.nll.items()} | kl | self.golds
         measured = set.intersection(*(set(each.plans) for each in sets.values()))
-        self.plans = plans[plans["plan"].isin(measured)]
+        self.plans = without_arms(plans[plans["plan"].isin(measured)])
         if self.plans.empty:
             raise BitallocError("no plan has responses in every suite: run evaluate before analyze")
         # the winner is a copy of another plan, and a plan under two names would count twice

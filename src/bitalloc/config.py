@@ -122,6 +122,11 @@ class Allocate(Section):
     jitter: float = Field(0.2, description="log-normal spread of the coefficients from which runners-up are solved")
     pool: Annotated[int, Field(ge=0)] = Field(20, description="random plans for each budget")
     pool_slack: Share = Field(0.01, description="share of the budget that a random plan may leave unused")
+    arms: list[Literal["component", "leaked"]] = Field(
+        [],
+        description="plans for the analysis alone, never shipped. component: one component harmed in steps, all else "
+        "at 16 bits; leaked: sensitivities and choice from the report windows",
+    )
 
     @field_validator("budgets", mode="before")
     @classmethod
@@ -148,6 +153,13 @@ def _fits(budget: Any) -> Any:
 
 class Compress(Section):
     plans: list[str] = Field(["best"], description="strategies whose plans are written as checkpoints, at every budget")
+
+    @field_validator("plans")
+    @classmethod
+    def _shipped(cls, plans: list[str]) -> list[str]:
+        if kept := [name for name in plans if name in ("component", "leaked")]:
+            raise ValueError(f"{kept[0]} plans serve the analysis alone; no checkpoint is made of them")
+        return plans
 
 
 class Export(Section):

@@ -102,6 +102,9 @@ def gate_pilot(*, plans: pd.DataFrame, evaluate: pd.DataFrame, gates: Gates) -> 
     optimal, its runners-up (`optimal_<n>`) and the uniform plan, so that the pilot does not pick by what it measures.
     nll and KL are means over the corpora; PPL = exp(nll).
     """
+    from bitalloc.tables import without_arms
+
+    plans = without_arms(plans)
     nll = _means(evaluate, "perplexity", "nll_nats_per_token")
     kl = _means(evaluate, "divergence", "kl_nats_per_token")
     budget, steep = _pilot_budget(plans)

@@ -240,7 +240,7 @@ def _rows(
         return (plan, size, bits, ppl, kl, *(cell(plan, "acc", task, "{:.1f}", 100.0) for task in tasks))
 
     found: list[tuple[str, ...] | None] = [row(REFERENCE, "-", "16")]
-    named = plans[plans["strategy"] != POOL]
+    named = tables.without_arms(plans[plans["strategy"] != POOL])
     order = named.groupby("budget", sort=False)["bits_per_weight"].mean().sort_values().index
     for budget in order:
         found.append(None)
@@ -294,7 +294,7 @@ PROTOCOL_NOTE = (
 def _divergence(plans: pd.DataFrame, evaluate: pd.DataFrame) -> list[str]:
     """The block of llama-perplexity for every named plan on the first report corpus, and the flips of every task."""
     value = evaluate.set_index(["task", "plan", "metric"])["value"].sort_index()
-    named = plans.loc[plans["strategy"] != POOL, "plan"]
+    named = tables.without_arms(plans[plans["strategy"] != POOL])["plan"]
     named = named[named.isin(evaluate["plan"])]
     corpora = evaluate.loc[(evaluate["metric"] == "kl_se") & ~evaluate["task"].str.endswith("/select"), "task"]
     parts = []

@@ -65,10 +65,11 @@ def sensitivity(
     batch: int = 8,
     seed: int = 0,
     remote_code: bool = False,
+    split: str = "calibrate",
 ) -> pd.DataFrame:
     """The SENSITIVITY frame: `settings.signals` of every claimed matrix, each a shard as soon as it is known.
 
-    Scores `settings.windows` windows of the calibrate split, evenly over its corpora; `batch` windows a forward
+    Scores `settings.windows` windows of the split, evenly over its corpora; `batch` windows a forward
     pass. Raises `BitallocError` when a KL is NaN or Inf.
     """
     option = probe(experiments.sweep, settings)
@@ -78,7 +79,7 @@ def sensitivity(
         path=path,
         experiments=experiments,
         option=option,
-        windows=Windows(spread(tokens, settings.windows), batch=batch, device=device),
+        windows=Windows(spread(tokens, settings.windows, split), batch=batch, device=device),
         seed=seed,
         remote_code=remote_code,
     )

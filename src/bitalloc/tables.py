@@ -316,7 +316,7 @@ PLANS = Table(
     (
         Column("plan", STR, "name: <strategy>-<budget>, with a serial number in the random pool"),
         Column("strategy", STR, "member of the strategy family"),
-        Column("budget", STR, "as the configuration states it"),
+        Column("budget", STR, "as the configuration states it; `component <name>` is none (strategies/component.py)"),
         Column("budget_bytes", INT, "bytes that the claimed matrices may take, in the format that budgets count"),
         Column("nbytes", INT, "bytes that they take"),
         Column("bits_per_weight", FLOAT, "8 nbytes / weights of the claimed matrices"),
@@ -324,9 +324,17 @@ PLANS = Table(
         Column("objective", FLOAT, "sum of coefficient x rel_error, nats a token"),
         Column("lower_bound", FLOAT, "no plan within the budget has a lower objective", nullable=True),
         Column("gap", FLOAT, "objective / lower_bound - 1", nullable=True),
-        Column("note", STR, "who won (best), what was restricted, or empty"),
+        Column("note", STR, "who won (best), what was restricted, why a control is missing (optimal), or empty"),
     ),
 )
+ARMS = ("component", "leaked")
+
+
+def without_arms(plans: pd.DataFrame) -> pd.DataFrame:
+    """PLANS but for the arms of the analysis: the first keep to no budget, the others have seen the report windows."""
+    return plans[~plans["strategy"].str.fullmatch("|".join(rf"{arm}(_\d+)?" for arm in ARMS))]
+
+
 CHECKPOINTS = Table(
     "checkpoints",
     "Checkpoints that were written, and whether they have the promised size.",
@@ -471,7 +479,70 @@ GOODHART = Table(
         Column("status", STR, "ok, floor (reference not above chance), saturated, or too_few"),
     ),
 )
-
+PHASE = Table(
+    "phase",
+    "Rank against bits at equal bytes, from the sweep alone: which family of options costs less, matrix by matrix.",
+    ("scope", "name", "budget", "bits_per_weight"),
+    (
+        _MODEL,
+        Column("scope", STR, "matrix, or shape: all matrices of one kind and shape together"),
+        Column("name", STR, "module path of the matrix, or <kind> <rows> x <columns>"),
+        Column("kind", STR, "attention or mlp"),
+        Column("rows", INT, "outputs O"),
+        Column("columns", INT, "inputs I"),
+        Column("width", INT, "min(O, I): the largest rank there could be"),
+        Column("budget", STR, "the budget whose bits a weight these are; empty: a level of the grid"),
+        Column("bits_per_weight", FLOAT, "8 bytes / weights, everything counted, that the matrix may take"),
+        Column("bits_only", STR, "option of rank 0, or the two that share the bytes; empty for a shape"),
+        Column("with_rank", STR, "option with a low-rank part, or the two that share the bytes; empty for a shape"),
+        Column("cost_bits_only", FLOAT, "predicted KL, coefficient x rel_error, nats a token", nullable=True),
+        Column("cost_with_rank", FLOAT, "predicted KL, nats a token; missing: too few bytes for any", nullable=True),
+        Column("cost_joint", FLOAT, "predicted KL where both families share the bytes, nats a token", nullable=True),
+        *_estimate("saved", "1 - cost_joint / cost_bits_only: what offering rank beside bits saves, 0 = nothing"),
+        *_estimate("ratio", "cost_with_rank / cost_bits_only: every matrix with rank against none with it"),
+        Column("n", INT, "matrices that the intervals are over: the spread between them"),
+        Column("ratio_alone", FLOAT, "the ratio for a matrix that cannot share bytes with others", nullable=True),
+        Column("winner", STR, "rank: saves 2 % or more, interval included; bits: less; else open, or out of reach"),
+    ),
+)
+CONTROLS = Table(
+    "controls",
+    "The joint plan against bits alone and rank alone at equal bytes, paired window by window.",
+    ("budget", "control", "task", "metric"),
+    (
+        Column("budget", STR, "as the configuration states it"),
+        Column("control", STR, "bits_only or rank_only"),
+        Column("task", STR, "<corpus>/report; empty where nothing could be compared"),
+        Column("metric", STR, "nll_nats_per_token or kl_nats_per_token"),
+        Column("joint", FLOAT, "of the plan `optimal`, nats a token", nullable=True),
+        Column("alone", FLOAT, "of the control", nullable=True),
+        Column("value", FLOAT, "joint - alone: below 0 the joint plan is better", nullable=True),
+        Column("lo", FLOAT, "lower end of its 95 % interval over windows, paired", nullable=True),
+        Column("hi", FLOAT, "upper end of its 95 % interval", nullable=True),
+        Column("n", INT, "windows"),
+        Column("status", STR, "ok; same plan; or why there is nothing to compare"),
+    ),
+)
+SUCCESS = Table(
+    "success",
+    "What was promised, at three levels, and the level that was reached.",
+    ("criterion", "budget", "gold"),
+    (
+        Column("criterion", STR, "ppl_gain_percent, accuracy_drop_points, r2_log or r2_loo"),
+        Column("budget", STR, "as the configuration states it, or `all`"),
+        Column("gold", STR, "corpus, task in which most is lost, or form of the law"),
+        Column("unit", STR, "%, points, or 1"),
+        Column("comparison", STR, "how value must stand to a level: >= or <="),
+        Column("minimal", FLOAT, "the least level"),
+        Column("target", FLOAT, "what was aimed at"),
+        Column("stretch", FLOAT, "the highest level"),
+        *_INTERVAL,
+        Column("level", STR, "reached by the value: none, minimal, target or stretch"),
+        Column("level_sure", STR, "reached by the whole interval; none where there is none"),
+        Column("status", STR, "ok, or why there is no value"),
+        Column("verdicts", STR, "the gates it stands on, every NO-GO by name"),
+    ),
+)
 BACKENDS = Table(
     "backends",
     "One plan in every backend: does what was simulated survive the software that runs it?",
@@ -496,6 +567,7 @@ TABLES = {
     table.name: table
     for table in (
         INVENTORY, TOKENS, ITEMS, READINGS, MOMENTS, SWEEP, SENSITIVITY, EMBEDDINGS, LAW, RESIDUALS, COSTS, PLAN, PLANS,
-        CHECKPOINTS, EXPORTS, EVALUATE, RESPONSES, SAMPLES, OUTCOMES, HUMANEVAL, GATES, GOODHART, BACKENDS,
+        CHECKPOINTS, EXPORTS, EVALUATE, RESPONSES, SAMPLES, OUTCOMES, HUMANEVAL, GATES, GOODHART, PHASE, CONTROLS,
+        SUCCESS, BACKENDS,
     )
 }  # fmt: skip

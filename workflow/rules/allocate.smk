@@ -7,6 +7,7 @@ rule allocate:
         sensitivity="results/{model}/sensitivity.parquet",
         inventory="results/{model}/inventory.parquet",
         embeddings=embeddings,
+        leaked=leaked("sensitivity.parquet"),
         verdicts=["results/{model}/gates/sweep.json", "results/{model}/gates/fit.json"],
     output:
         plans="results/{model}/candidates.parquet",
@@ -22,11 +23,40 @@ rule allocate:
         "../../scripts/allocate.py"
 
 
+rule allocate_leaked:
+    input:
+        verdict=passed("allocate"),
+        checkpoint="results/{model}/checkpoint.json",
+        inventory="results/{model}/inventory.parquet",
+        moments="results/{model}/moments.parquet",
+        embeddings=embeddings,
+        tokens="results/{model}/tokens.parquet",
+        items_table="results/{model}/items.parquet",
+        plans="results/{model}/candidates.parquet",
+        folder="results/{model}/candidates",
+    output:
+        "results/{model}/leaked/evaluate.parquet",
+    log:
+        "logs/{model}/allocate_leaked.log",
+    conda:
+        "../../envs/bitalloc.yaml"
+    threads: threads
+    resources:
+        gpu=gpu,
+    params:
+        settings=section("evaluate", "sweep", "store", "device", "seed"),
+        split="report",
+        code=code("evaluate"),
+    script:
+        "../../scripts/evaluate_select.py"
+
+
 rule allocate_best:
     input:
         plans="results/{model}/candidates.parquet",
         folder="results/{model}/candidates",
         select="results/{model}/select.parquet",
+        leaked=leaked("evaluate.parquet"),
     output:
         plans="results/{model}/plans.parquet",
         folder=directory("results/{model}/plans"),

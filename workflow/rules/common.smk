@@ -26,7 +26,16 @@ from bitalloc.sweep import units
 # the maths library takes fewer threads on a busy machine unless told not to, and then last digits differ
 os.environ.setdefault("MKL_DYNAMIC", "FALSE")
 
-PRODUCTS = ["goodhart.png", "report.md", "domains.png", "sensitivity.png", "errors.png", "law.png"]
+PRODUCTS = [
+    "goodhart.png",
+    "report.md",
+    "phase.png",
+    "success.parquet",
+    "domains.png",
+    "sensitivity.png",
+    "errors.png",
+    "law.png",
+]
 
 
 def checked(function):
@@ -207,6 +216,15 @@ def embeddings(wildcards):
     """Input function: what embedding and head cost, where the sweep offers them fewer than 16 bits."""
     offered = settings(wildcards.model).sweep.embedding_bits
     return [] if offered == [16] else f"results/{wildcards.model}/embeddings.parquet"
+
+
+def leaked(name):
+    """Input function: a table of the arm of that name, where the configuration has it."""
+
+    def inputs(wildcards):
+        return f"results/{wildcards.model}/leaked/{name}" if "leaked" in settings(wildcards.model).allocate.arms else []
+
+    return checked(inputs)
 
 
 @checked

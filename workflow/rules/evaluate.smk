@@ -23,6 +23,7 @@ rule evaluate_select:
         gpu=gpu,
     params:
         settings=section("evaluate", "sweep", "store", "device", "seed"),
+        split="select",
         code=code("evaluate"),
     script:
         "../../scripts/evaluate_select.py"

@@ -60,6 +60,31 @@ rule sweep_sensitivity:
         gpu=gpu,
     params:
         settings=section("sensitivity", "sweep", "store", "device", "seed"),
+        split="calibrate",
+        code=code("sensitivity"),
+    script:
+        "../../scripts/sweep_sensitivity.py"
+
+
+rule sweep_leaked:
+    input:
+        checkpoint="results/{model}/checkpoint.json",
+        inventory="results/{model}/inventory.parquet",
+        tokens="results/{model}/tokens.parquet",
+        moments="results/{model}/moments.parquet",
+        sweep="results/{model}/sweep.parquet",
+    output:
+        "results/{model}/leaked/sensitivity.parquet",
+    log:
+        "logs/{model}/sweep_leaked.log",
+    conda:
+        "../../envs/bitalloc.yaml"
+    threads: threads
+    resources:
+        gpu=gpu,
+    params:
+        settings=section("sensitivity", "sweep", "store", "device", "seed"),
+        split="report",
         code=code("sensitivity"),
     script:
         "../../scripts/sweep_sensitivity.py"

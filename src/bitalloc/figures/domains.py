@@ -13,6 +13,7 @@ from matplotlib.gridspec import GridSpec
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from bitalloc.figures.style import GREY, INK, headline, mark, page
+from bitalloc.tables import without_arms
 
 UNIFORM, BEST = "uniform", "best"
 LINE, GAP = 0.26, 0.85  # inches of an estimate, and between the rows of panels
@@ -72,7 +73,7 @@ class _Data:
         self.lead = (-lead).rename(columns={"lo": "hi", "hi": "lo"})
         self.rivals = [name for name in self.strategies if name in set(self.lead.index.get_level_values("proxy"))]
         self.corpora = list(dict.fromkeys(rows["corpus"]))
-        order = plans.groupby("budget", sort=False)["bits_per_weight"].mean().sort_values().index
+        order = without_arms(plans).groupby("budget", sort=False)["bits_per_weight"].mean().sort_values().index
         self.budgets = [str(budget) for budget in order]
         # wikitext2_train is of one kind with wikitext2
         self.home = [c for c in self.corpora if any(name == c or name.startswith(f"{c}_") for name in calibrated)]

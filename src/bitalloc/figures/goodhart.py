@@ -12,6 +12,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from bitalloc.figures.style import GREY, INK, LIGHT, headline, label_ends, mark, page
 from bitalloc.statistics import accuracies
+from bitalloc.tables import without_arms
 
 REFERENCE, POOL, ALL = "reference", "random", "all"
 CHOOSERS = {"kl": "by KL", "uniform": "uniform", "random": "at random"}
@@ -66,7 +67,7 @@ class _Page:
         self.gold = {name: scored[scored["task"] == name].set_index("plan") for name in self.golds}
         ppl = evaluate[(evaluate["metric"] == "ppl") & evaluate["task"].isin([self.corpus, f"{self.corpus}/report"])]
         self.ppl = ppl.set_index("plan")
-        plans = plans[plans["plan"].isin(self.ppl.index)]
+        plans = without_arms(plans[plans["plan"].isin(self.ppl.index)])
         order = plans.groupby("budget", sort=False)["bits_per_weight"].mean().sort_values()
         self.budgets = [str(budget) for budget in order.index]
         self.plans = plans.assign(ppl=self.ppl.loc[plans["plan"], "value"].to_numpy())

@@ -231,13 +231,13 @@ class Windows:
         return pd.DataFrame({**columns, "value": value, "weight": weight.astype("float64")})
 
 
-def spread(tokens: pd.DataFrame, count: int) -> pd.DataFrame:
-    """`count` windows of the split calibrate, evenly over it: what sensitivities are measured on."""
-    calibrate = tokens[tokens["split"] == "calibrate"]
-    if calibrate.empty:
-        raise BitallocError("no windows of the split calibrate: set retrieve.calibrate_windows above 0")
-    places = np.linspace(0, len(calibrate) - 1, min(count, len(calibrate))).round().astype(int)
-    return calibrate.iloc[places].reset_index(drop=True)
+def spread(tokens: pd.DataFrame, count: int, split: str = "calibrate") -> pd.DataFrame:
+    """`count` windows of a split, evenly over it: what sensitivities are measured on."""
+    whole = tokens[tokens["split"] == split]
+    if whole.empty:
+        raise BitallocError(f"no windows of the split {split}: set retrieve.{split}_windows above 0")
+    places = np.linspace(0, len(whole) - 1, min(count, len(whole))).round().astype(int)
+    return whole.iloc[places].reset_index(drop=True)
 
 
 def total(score_N: torch.Tensor, owner_N: torch.Tensor, owners: int) -> np.ndarray:
