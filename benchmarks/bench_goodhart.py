@@ -338,18 +338,21 @@ def main() -> None:
         for seed in range(arguments.first, arguments.first + arguments.simulations):
             records += [(name, record) for record in simulate(WORLDS[name], seed, truths)]
         print(f"{name}: {arguments.simulations} studies, {time.perf_counter() - start:.0f} s so far", flush=True)
+        table = written(records, arguments, time.perf_counter() - start)
+    with pd.option_context("display.width", 200, "display.max_rows", None, "display.max_colwidth", 70):
+        print(table.drop(columns=["width"]).round(3).to_string(index=False, na_rep=""))
+
+
+def written(records: list[tuple[str, Record]], arguments: argparse.Namespace, wall_s: float) -> pd.DataFrame:
+    """The table so far, and in the file."""
     table = summed(records)
     rated = table[table["rate"].notna()]
     table.loc[rated.index, "nominal"] = rated.apply(nominal, axis=1)
-    with pd.option_context("display.width", 200, "display.max_rows", None, "display.max_colwidth", 70):
-        print(table.drop(columns=["width"]).round(3).to_string(index=False, na_rep=""))
+    settings = SETTINGS.model_dump() | {"simulations": arguments.simulations, "wall_s": round(wall_s)}
     rows = json.loads(table.round(5).to_json(orient="records"))
     record = run_record("numpy", "scipy", "pandas")
-    settings = SETTINGS.model_dump() | {
-        "simulations": arguments.simulations,
-        "wall_s": round(time.perf_counter() - start),
-    }
     arguments.output.write_text(json.dumps({"record": record, "settings": settings, "rows": rows}, indent=1) + "\n")
+    return table
 
 
 if __name__ == "__main__":

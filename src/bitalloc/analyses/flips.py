@@ -39,8 +39,9 @@ def _rows(study: Study, task: Sample, plan: str, place: dict[str, str]) -> None:
         "wrong_to_wrong_percent": ~before_I & ~now_I,
     })  # fmt: skip
     values_KI = shares.to_numpy(dtype=float).T
-    for statistic, values_I, value_R in zip(shares, values_KI, task.draw(values_KI).T, strict=True):
+    # items that are drawn one by one are binomial; clusters say how far from it they are
+    deviation_K = task.draw(values_KI).std(0) if task.units < task.n else np.zeros(len(values_KI))
+    for statistic, values_I, deviation in zip(shares, values_KI, deviation_K, strict=True):
         value = float(np.average(values_I, weights=task.scores.weight_I))
-        # items that are drawn one by one are binomial; clusters say how far from it they are
-        lo, hi = share_interval(value, float(value_R.std()) if task.units < task.n else 0.0, task.n)
+        lo, hi = share_interval(value, float(deviation), task.n)
         study.add("flips", statistic, 100 * value, lo=100 * lo, hi=100 * hi, n=task.n, **place)
