@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 CORES ?= 2
 DEMO := results/tiny/goodhart.png results/tiny/report.md
 
-.PHONY: demo test lint format config test-lepton test-slurm bench-allocate bench-clusters bench-evaluate bench-export bench-memory bench-peers bench-resume bench-rounds bench-sweep clean
+.PHONY: demo test lint format config bench-allocate bench-clusters bench-evaluate bench-export bench-goodhart bench-memory bench-peers bench-resume bench-rounds bench-sweep test-lepton test-slurm clean
 
 demo: $(VENV)/.core
 	$(BIN)/snakemake $(DEMO) --cores $(CORES) --quiet rules host
@@ -83,6 +83,9 @@ bench-resume: $(VENV)/.dev
 
 bench-export: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_export.py
+
+bench-goodhart: $(VENV)/.dev
+	$(BIN)/python benchmarks/bench_goodhart.py
 
 bench-peers: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_peers.py

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from bitalloc import figures
-from bitalloc.analyze import analyze, summary
+from bitalloc.analyze import analyze, headline
 from bitalloc.config import Analyze
 from bitalloc.script import stage
 from bitalloc.tables import EVALUATE, GATES, GOODHART, PLANS, RESPONSES
@@ -19,7 +19,7 @@ def main(*, model: str, inputs: dict[str, Path], settings: Analyze, seed: int, t
         seed=seed,
     )
     GOODHART.write(goodhart, table, verdicts=gates.astype(object).where(gates.notna(), None).to_dict("records"))
-    sentence = summary(goodhart, evaluate, plans, gates)[0]
+    sentence = headline(goodhart, evaluate, plans, gates)
     figures.goodhart(plans, evaluate, goodhart, sentence, figure, figures.stamp(gates), model=model)
 
 

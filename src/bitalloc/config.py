@@ -223,7 +223,12 @@ class HumanEval(Section):
 
 class Analyze(Section):
     resamples: Positive = Field(2000, description="bootstrap resamples")
-    folds: Positive = Field(20, description="random item splits of the cross-fitted selection regret")
+    folds: Positive = Field(
+        20, description="random item splits of whatever is chosen on one half and scored on the other"
+    )
+    margin: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="points of accuracy within which a plan counts as equal to another (equivalence test)"
+    )
 
 
 class Backends(Section):

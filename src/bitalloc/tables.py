@@ -469,14 +469,19 @@ GOODHART = Table(
     "Does perplexity tell the truth about the tasks?",
     ("analysis", "proxy", "gold", "budget", "statistic"),
     (
-        Column("analysis", STR, "correlation, regret, gain or divergence"),
-        Column("proxy", STR, "what was optimised or selected by"),
-        Column("gold", STR, "what one cares about"),
-        Column("budget", STR, "stratum of equal bytes, or `all`"),
-        Column("statistic", STR, "spearman, regret_points, ..."),
+        Column("analysis", STR, "member of bitalloc.analyses, power first"),
+        Column("proxy", STR, "what was optimised or selected by, or `all`"),
+        Column("gold", STR, "what one cares about: a task, ppl:<corpus>, or `all` that can tell plans apart"),
+        Column("budget", STR, "stratum of equal bytes, two components, or `all`"),
+        Column("statistic", STR, "spearman, regret_points, ...; the analysis says what it is"),
         *_INTERVAL,
-        Column("p_adjusted", FLOAT, "p-value after Holm's correction", nullable=True),
-        Column("status", STR, "ok, floor (reference not above chance), saturated, or too_few"),
+        Column("p_adjusted", FLOAT, "Holm over declared tests, Benjamini and Hochberg over others", nullable=True),
+        Column(
+            "status",
+            STR,
+            "ok; floor: reference not above chance; saturated: all as good as it; too_few plans; missing: not "
+            "evaluated; beyond: outside what the pool reaches; no_overlap of two curves",
+        ),
     ),
 )
 PHASE = Table(
