@@ -1,4 +1,11 @@
-"""The page that people read, and the figures of the stages behind it."""
+"""The pages that people read, the paper, the notebook, and the figures of the stages behind them.
+
+report.html is not what `snakemake --report` writes: a rule cannot report on the run that it is part of, and that page
+shows one figure a click, by scripts. Captions and categories are there for it all the same:
+`snakemake results/tiny/report.html --report run.html` adds the rules, their code and their runtimes, and works offline.
+"""
+
+FIGURES = ["goodhart", "domains", "sensitivity", "errors", "law"]
 
 
 rule report:
@@ -11,15 +18,18 @@ rule report:
         goodhart="results/{model}/goodhart.parquet",
         gates="results/{model}/gates.parquet",
         protocols=protocols,
-        figures=expand("results/{{model}}/{name}.png", name=["goodhart", "domains", "sensitivity", "errors", "law"]),
+        figures=expand("results/{{model}}/{name}.png", name=FIGURES),
+        captions=expand("workflow/report/{name}.rst", name=FIGURES),
+        template="workflow/report/page.html",
     output:
-        report("results/{model}/report.md", caption="../report/report.rst", category="{model}"),
+        markdown=report("results/{model}/report.md", caption="../report/report.rst", category="{model}"),
+        html=report("results/{model}/report.html", caption="../report/report.rst", category="{model}"),
     log:
         "logs/{model}/report.log",
     conda:
         "../../envs/bitalloc.yaml"
     params:
-        code=code("report"),
+        code=code("report", "documents"),
     script:
         "../../scripts/report.py"
 
