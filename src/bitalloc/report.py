@@ -1,6 +1,5 @@
 """What people read at the end: a table for the terminal and a page, from tables alone (and the time from logs).
 
-
 `python -m bitalloc.report results/tiny` prints the table of a finished run, and where its time went.
 """
 

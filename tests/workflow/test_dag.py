@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 
 import pandas as pd
 import pytest
@@ -43,6 +44,18 @@ def test_a_browser_shows_every_figure_of_the_page_and_asks_for_nothing(finished,
         seen = evaluate(LOOK)
         assert len(seen["widths"]) == 5 and min(seen["widths"]) > 500 and all(seen["visible"]) and seen["overflow"] <= 0
     assert complaints(events) == [] and requests(events) == {page.resolve().as_uri()}
+
+
+def test_the_paper_is_written_from_the_tables_and_compiles(project):
+    status, output = project.run("results/tiny/paper/main.tex")
+    assert status == 0, output
+    folder = project.folder / "results/tiny/paper"
+    best = tables.EVALUATE.read(folder.parent / "evaluate.parquet").query("plan == 'best-2.55bpw' and metric == 'ppl'")
+    assert f"{best['value'].iloc[0]:.3f} [{best['lo'].iloc[0]:.3f}" in (folder / "main.tex").read_text()
+    if shutil.which("pdflatex"):
+        command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "main.tex"]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace", check=False)
+        assert done.returncode == 0, done.stdout[-2000:]
 
 
 def test_bytes_on_disk_are_the_promised_ones(finished):

@@ -29,9 +29,39 @@ rule report:
     conda:
         "../../envs/bitalloc.yaml"
     params:
-        code=code("report", "documents"),
+        code=code("report", "documents", "analyze"),
     script:
         "../../scripts/report.py"
+
+
+rule report_paper:
+    input:
+        verdict=passed("downstream"),
+        inventory="results/{model}/inventory.parquet",
+        moments="results/{model}/moments.parquet",
+        sweep="results/{model}/sweep.parquet",
+        sensitivity="results/{model}/sensitivity.parquet",
+        law="results/{model}/law.parquet",
+        plans="results/{model}/plans.parquet",
+        checkpoints="results/{model}/checkpoints.parquet",
+        evaluate="results/{model}/evaluate.parquet",
+        goodhart="results/{model}/goodhart.parquet",
+        gates="results/{model}/gates.parquet",
+        figures=expand("results/{{model}}/{name}.png", name=FIGURES),
+        captions=expand("workflow/report/{name}.rst", name=FIGURES),
+        template="workflow/report/paper.tex",
+    output:
+        paper=report("results/{model}/paper/main.tex", caption="../report/paper.rst", category="{model}"),
+        figures=expand("results/{{model}}/paper/{name}.png", name=FIGURES),
+    log:
+        "logs/{model}/report_paper.log",
+    conda:
+        "../../envs/bitalloc.yaml"
+    params:
+        settings=section("report"),
+        code=code("paper", "analyze"),
+    script:
+        "../../scripts/report_paper.py"
 
 
 rule report_figures:
