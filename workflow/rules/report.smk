@@ -64,6 +64,26 @@ rule report_paper:
         "../../scripts/report_paper.py"
 
 
+rule report_notebook:
+    input:
+        verdict=passed("downstream"),
+        plans="results/{model}/plans.parquet",
+        evaluate="results/{model}/evaluate.parquet",
+        goodhart="results/{model}/goodhart.parquet",
+        gates="results/{model}/gates.parquet",
+        source="workflow/notebooks/goodhart.py",
+    output:
+        report("results/{model}/goodhart.ipynb", caption="../report/notebook.rst", category="{model}"),
+    log:
+        "logs/{model}/report_notebook.log",
+    conda:
+        "../../envs/bitalloc.yaml"
+    params:
+        code=code("documents.notebook", "tables", "statistics"),
+    script:
+        "../../scripts/report_notebook.py"
+
+
 rule report_figures:
     input:
         sensitivity="results/{model}/sensitivity.parquet",
