@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -9,6 +10,7 @@ import yaml
 from bitalloc import report, tables
 from bitalloc.analyze import analyze, summary
 from bitalloc.config import Analyze, Retrieve
+from bitalloc.documents import grids, markdown
 from bitalloc.errors import BitallocError
 from tests.simulated import BUDGETS, empty, gates, law, simulate
 
@@ -35,10 +37,11 @@ def page(results, **changes):
         seed=0,
     )
     tables_read = {"gates": gates(), "law": law(), "goodhart": found} | changes
-    return report.markdown(
+    return markdown.render(report.page(
         "tiny", plans=results.plans, evaluate=results.evaluate, checkpoints=CHECKPOINTS,
-        sentences=summary(found, results.evaluate, results.plans), figures=["goodhart.png", "law.png"], **tables_read,
-    )  # fmt: skip
+        sentences=summary(found, results.evaluate, results.plans),
+        figures=[Path("results/tiny/goodhart.png"), Path("law.png")], captions={"law": "Of the law."}, **tables_read,
+    ))  # fmt: skip
 
 
 def test_the_table_has_every_named_plan_and_no_random_one(results):
@@ -77,25 +80,24 @@ def test_the_cells_are_those_of_the_tables(results):
 
 def test_the_page_tells_divergence_and_flips_plan_by_plan(results):
     corpus, plan = "world/report", "optimal-2.8bpw"
-    told = dict.fromkeys(
-        [*report.KL_BLOCK.values(), *report.P_BLOCK.values(), *report.STANDARD_ERROR.values()], 0.01234
-    )
+    told = dict.fromkeys([*grids.KL_BLOCK.values(), *grids.P_BLOCK.values(), *grids.STANDARD_ERROR.values()], 0.01234)
     place = [
         (name, corpus, "divergence", metric, value) for name in results.plans["plan"] for metric, value in told.items()
     ]
-    flipped = dict(zip(report.FLIPS, (0.05, 0.04, 0.01), strict=True))
+    flipped = dict(zip(grids.FLIPS, (0.05, 0.04, 0.01), strict=True))
     place += [(name, "facts", "world", metric, v) for name in results.plans["plan"] for metric, v in flipped.items()]
     added = pd.DataFrame(place, columns=["plan", "task", "suite", "metric", "value"]).assign(n=9, protocol="")
     whole = pd.concat([results.evaluate, added]).drop_duplicates(["plan", "task", "metric"], keep="last")
-    parts = "\n".join(report._divergence(results.plans, whole))
+    blocks = [block for section in grids.divergence(results.plans, whole) for block in section.blocks]
+    parts = "\n".join(map(markdown.block, blocks))
     lines = [line for line in parts.splitlines() if line.startswith(f"| {plan} |")]
     assert lines[0] == f"| {plan} | 0.0123 ± 0.0123 |" + " 0.0123 |" * 8
     assert lines[1].startswith(f"| {plan} | 1.23 ± 1.23 | 1.23 ± 1.23 | 1.23 |")
     assert lines[1].endswith("| 1.23 ± 1.23 | 0.0123 ± 0.0123 | 0.0123 |")
-    assert report._flipped(pd.Series(0.0, index=report.FLIPS)) == "0"
+    assert grids._flipped(pd.Series(0.0, index=grids.FLIPS)) == "0"
     assert lines[2] == f"| {plan} | 5.0 = 4.0 + 1.0 |"
     assert "random-" not in parts
-    assert report._divergence(results.plans, results.evaluate) == []  # nothing was told
+    assert grids.divergence(results.plans, results.evaluate) == []  # nothing was told
 
 
 def test_the_page_tells_perplexity_by_protocol(results):
@@ -112,18 +114,43 @@ def test_the_page_tells_perplexity_by_protocol(results):
     assert "by protocol" not in page(results)
 
 
-def test_the_page_links_figures_and_grades_by_the_unfavourable_end(results):
+def test_the_page_is_headed_by_the_levels_and_links_figures_with_their_captions(results):
     text = page(results)
-    assert "![goodhart](goodhart.png)" in text and "4 of 6 checks say GO" in text
-    assert "excellent |" in next(line for line in text.splitlines() if "log error" in line)
-    assert report._criterion("x", (5.5, 4.5, 6.5), report.PPL_GAIN, 1)[-1] == "minimal"
-    assert report._criterion("x", (0.5, -0.5, 1.5), report.DROP, 1)[-1] == "good"
-    assert report._criterion("x", (2.0, 1.0, 2.9), report.PPL_GAIN, 1)[-1] == "none"
+    assert text.startswith("# tiny\n\n## What was reached\n\n| criterion | measured | reached | certainly |")
+    assert "![goodhart](goodhart.png)\n\n![law](law.png)\n\nOf the law.\n" in text and "4 of 6 checks say GO" in text
+    row = "| 0.995 [0.975, 1.000] | stretch | stretch | ≥ 0.6 | ≥ 0.8 | ≥ 0.9 | 28 |"
+    assert f"| R² of log error, multiplicative law {row}" in text
+
+
+@pytest.mark.parametrize(
+    ("statistic", "ends", "levels"),
+    [
+        ("ppl_gain_percent", (5.5, 4.5, 6.5), ["target", "minimal"]),
+        ("ppl_gain_percent", (2.0, 1.0, 2.9), ["none", "none"]),
+        ("accuracy_points_vs_reference", (-0.5, -1.5, 0.5), ["stretch", "target"]),
+        ("accuracy_points_vs_reference", (-6.0, -9.0, -3.0), ["none", "none"]),
+    ],
+)
+def test_a_level_is_certain_when_the_unfavourable_end_reaches_it(statistic, ends, levels):
+    place = {"analysis": "gain", "proxy": "best", "gold": "x", "budget": "3bpw", "statistic": statistic, "status": "ok"}
+    row = place | dict(zip(("value", "lo", "hi"), ends, strict=True)) | {"n": 9}
+    found = grids.success(empty(tables.GOODHART, [row]), law().iloc[:0])
+    assert found[["level", "level_certain"]].to_numpy().tolist() == [levels]
+
+
+def test_a_table_of_levels_made_elsewhere_is_shown_as_it_is(results):
+    thresholds = {"threshold_minimal": 3.0, "threshold_target": 5.0, "threshold_stretch": 15.0}
+    nothing = dict.fromkeys(("value", "lo", "hi"), float("nan")) | {"level": "none", "level_certain": "none", "n": 0}
+    made = pd.DataFrame([{"criterion": "gain", "unit": "%", **thresholds, **nothing}])
+    text = page(results, success=made)
+    assert (
+        "| gain | not measured | none | none | ≥ 3 % | ≥ 5 % | ≥ 15 % | 0 |" in text and "log error, mult" not in text
+    )
 
 
 def test_the_page_without_law_or_best(results):
     bare = page(results, law=law().iloc[:0], goodhart=empty(tables.GOODHART, []))
-    assert "## What was reached" in bare and "log error" not in bare
+    assert "## What was reached" in bare and "R² of log error, " not in bare
 
 
 @pytest.fixture

@@ -231,6 +231,10 @@ class Analyze(Section):
     )
 
 
+class Report(Section):
+    authors: list[str] = Field([], description="author line of the paper; none: bitalloc")
+
+
 class Backends(Section):
     plans: list[str] = Field(
         [], description="plans that are run, e.g. bits_only-2.6bpw; none: `best` of the first budget"
@@ -378,6 +382,7 @@ class Config(Section):
     evaluate: Evaluate = Field(default_factory=Evaluate)
     humaneval: HumanEval = Field(default_factory=HumanEval)
     analyze: Analyze = Field(default_factory=Analyze)
+    report: Report = Field(default_factory=Report)
     backends: Backends = Field(default_factory=Backends)
     gates: Gates = Field(default_factory=Gates)
     models: dict[str, Model] = Field({}, description="the model sheet, config/models.yaml")

@@ -4,12 +4,14 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 
 import pandas as pd
 import pytest
 
 from bitalloc import tables
 
+from ..browser import LOOK, complaints, opened, requests
 from .conftest import TARGETS, Project
 
 pytestmark = [pytest.mark.workflow, pytest.mark.xdist_group("workflow")]
@@ -34,6 +36,26 @@ def test_every_product_is_there_and_every_table_is_of_its_schema(finished):
     whole = tables.EVALUATE.read(results / "protocols.parquet")
     assert set(whole["plan"]) == {"reference", "best-2.55bpw", "uniform-2.55bpw"}
     assert set(whole["task"]) == {f"docstrings/{protocol}" for protocol in ("gptq", "lm-eval", "llama.cpp")}
+
+
+def test_a_browser_shows_every_figure_of_the_page_and_asks_for_nothing(finished, tmp_path):
+    page = finished.folder / "results/tiny/report.html"
+    with opened(page, tmp_path, width=390) as (evaluate, events):
+        seen = evaluate(LOOK)
+        assert len(seen["widths"]) == 5 and min(seen["widths"]) > 500 and all(seen["visible"]) and seen["overflow"] <= 0
+    assert complaints(events) == [] and requests(events) == {page.resolve().as_uri()}
+
+
+def test_the_paper_is_written_from_the_tables_and_compiles(project):
+    status, output = project.run("results/tiny/paper/main.tex")
+    assert status == 0, output
+    folder = project.folder / "results/tiny/paper"
+    best = tables.EVALUATE.read(folder.parent / "evaluate.parquet").query("plan == 'best-2.55bpw' and metric == 'ppl'")
+    assert f"{best['value'].iloc[0]:.3f} [{best['lo'].iloc[0]:.3f}" in (folder / "main.tex").read_text()
+    if shutil.which("pdflatex"):
+        command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "main.tex"]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace", check=False)
+        assert done.returncode == 0, done.stdout[-2000:]
 
 
 def test_bytes_on_disk_are_the_promised_ones(finished):

@@ -29,6 +29,7 @@ os.environ.setdefault("MKL_DYNAMIC", "FALSE")
 PRODUCTS = [
     "goodhart.png",
     "report.md",
+    "report.html",
     "phase.png",
     "success.parquet",
     "domains.png",
