@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from bitalloc import tables
+from bitalloc import phase, tables
+from bitalloc import success as reached
 
 BUDGETS = {"2.6bpw": (2.6, 0.17), "2.8bpw": (2.8, 0.11), "3.3bpw": (3.3, 0.03)}  # bits a weight, uniform's excess
 STRATEGIES = {"uniform": 1.0, "optimal": 0.55, "bits_only": 0.62, "rank_only": 0.9, "manual": 0.75, "greedy": 0.57}
@@ -185,3 +186,13 @@ def residuals(seed: int = 0) -> pd.DataFrame:
     noise = np.random.default_rng(seed).normal(0, 0.08, len(frame))
     logs = np.log(frame.pop("rel_error"))
     return frame.assign(log_error=logs, log_predicted=logs - noise, residual=noise)
+
+
+def success(results: Results, goodhart: pd.DataFrame, **changes: pd.DataFrame) -> pd.DataFrame:
+    frames = {"law": law(), "gates": gates()} | changes
+    return reached.success(results.plans, goodhart, frames["law"], frames["gates"], form="multiplicative")
+
+
+def controls(results: Results) -> pd.DataFrame:
+    frames = {plan: pd.DataFrame({"layer": [plan], "bits": [3]}) for plan in results.plans["plan"]}
+    return phase.controls(results.plans, results.responses, frames, resamples=20, seed=0)

@@ -11,7 +11,7 @@ from matplotlib.image import imsave
 from bitalloc import paper, tables
 from bitalloc.analyze import analyze, summary
 from bitalloc.config import Analyze
-from tests.simulated import empty, gates, law, sensitivity, simulate, sweep
+from tests.simulated import controls, empty, gates, law, sensitivity, simulate, success, sweep
 
 FOLDER = Path(__file__).parents[1] / "workflow/report"
 TEMPLATE = (FOLDER / "paper.tex").read_text()
@@ -31,7 +31,7 @@ def read():
     return {
         "inventory": matrices, "moments": moments, "sweep": errors, "sensitivity": sensitivity(2), "law": law(),
         "plans": results.plans, "checkpoints": empty(tables.CHECKPOINTS, []), "evaluate": results.evaluate,
-        "goodhart": goodhart, "gates": gates(),
+        "goodhart": goodhart, "gates": gates(), "success": success(results, goodhart), "controls": controls(results),
         "sentences": summary(goodhart, results.evaluate, results.plans, gates()),
         "captions": {name: CAPTIONS[name] for name in SHOWN},
     }  # fmt: skip
@@ -85,15 +85,21 @@ def test_prose_follows_the_cells(read, ends, says):
     assert found == ["better" if ends["lo"] > 0 else "worse" if ends["hi"] < 0 else "open"]
 
 
-def test_rank_is_worth_its_bytes_only_where_intervals_lie_apart(read):
-    above, below = {"value": 60.0, "lo": 59.0, "hi": 61.0}, {"value": 10.0, "lo": 9.0, "hi": 11.0}
-    for joint, bits, says in (
-        (above, below, "Rank is worth its bytes at some budgets."),
-        (below, above, "Rank is not worth its bytes: bits and group size do it."),
-        (above, above, "That rank is worth its bytes cannot be shown here."),
-    ):
-        changed = gain(read, paper.JOINT, **joint)
-        assert says in prose(written(read, **gain(read | changed, paper.BITS, **bits)))
+@pytest.mark.parametrize(
+    ("ends", "says"),
+    [
+        ((-2e-3, -3e-3, -1e-3), "Rank is worth its bytes at some budgets."),
+        ((2e-3, 1e-3, 3e-3), "Rank is not worth its bytes: bits and group size do it."),
+        ((0.0, -1e-3, 1e-3), "That rank is worth its bytes cannot be shown here."),
+    ],
+)
+def test_rank_is_worth_its_bytes_only_where_the_paired_interval_says_so(read, ends, says):
+    controls = read["controls"].copy()
+    controls[["value", "lo", "hi"]] = ends
+    text = prose(written(read, controls=controls))
+    told = "{:.2f} [{:.2f}, {:.2f}]".format(*(1000 * end for end in ends))
+    assert says in text and told.replace("-", "$-$") in text
+    assert "were not both evaluated" in prose(written(read, controls=controls.iloc[:0]))
 
 
 def test_every_cell_of_the_plans_and_every_refusal_is_in_it(read):
@@ -108,6 +114,7 @@ def test_every_cell_of_the_plans_and_every_refusal_is_in_it(read):
 
 def test_nothing_to_say_is_said(read):
     bare = {"goodhart": empty(tables.GOODHART, []), "law": law().iloc[:0], "gates": gates().assign(go=True)}
+    bare |= {"controls": read["controls"].iloc[:0]}
     ppl = read["evaluate"].query("metric == 'ppl'")
     text = written(read, **bare, evaluate=ppl, sentences=["Nothing."], captions={})
     for words in ("No plan was compared with uniform", "the two were not both evaluated", "No task was run on",

@@ -12,7 +12,7 @@ from bitalloc.analyze import analyze, summary
 from bitalloc.config import Analyze, Retrieve
 from bitalloc.documents import grids, markdown
 from bitalloc.errors import BitallocError
-from tests.simulated import BUDGETS, empty, gates, law, simulate
+from tests.simulated import BUDGETS, controls, empty, gates, law, simulate, success
 
 CHECKPOINTS = empty(
     tables.CHECKPOINTS,
@@ -36,7 +36,8 @@ def page(results, **changes):
         settings=Analyze(resamples=50, folds=2),
         seed=0,
     )
-    tables_read = {"gates": gates(), "law": law(), "goodhart": found} | changes
+    made = {"success": success(results, found), "controls": controls(results)}
+    tables_read = {"gates": gates(), "law": law(), "goodhart": found} | made | changes
     return markdown.render(report.page(
         "tiny", plans=results.plans, evaluate=results.evaluate, checkpoints=CHECKPOINTS,
         sentences=summary(found, results.evaluate, results.plans),
@@ -119,38 +120,14 @@ def test_the_page_is_headed_by_the_levels_and_links_figures_with_their_captions(
     assert text.startswith("# tiny\n\n## What was reached\n\n| criterion | measured | reached | certainly |")
     assert "![goodhart](goodhart.png)\n\n![law](law.png)\n\nOf the law.\n" in text and "4 of 6 checks say GO" in text
     row = "| 0.995 [0.975, 1.000] | stretch | stretch | ≥ 0.6 | ≥ 0.8 | ≥ 0.9 | 28 |"
-    assert f"| R² of log error, multiplicative law {row}" in text
+    assert f"| R² of log error, in sample (multiplicative) {row}" in text
 
 
-@pytest.mark.parametrize(
-    ("statistic", "ends", "levels"),
-    [
-        ("ppl_gain_percent", (5.5, 4.5, 6.5), ["target", "minimal"]),
-        ("ppl_gain_percent", (2.0, 1.0, 2.9), ["none", "none"]),
-        ("accuracy_points_vs_reference", (-0.5, -1.5, 0.5), ["stretch", "target"]),
-        ("accuracy_points_vs_reference", (-6.0, -9.0, -3.0), ["none", "none"]),
-    ],
-)
-def test_a_level_is_certain_when_the_unfavourable_end_reaches_it(statistic, ends, levels):
-    place = {"analysis": "gain", "proxy": "best", "gold": "x", "budget": "3bpw", "statistic": statistic, "status": "ok"}
-    row = place | dict(zip(("value", "lo", "hi"), ends, strict=True)) | {"n": 9}
-    found = grids.success(empty(tables.GOODHART, [row]), law().iloc[:0])
-    assert found[["level", "level_certain"]].to_numpy().tolist() == [levels]
-
-
-def test_a_table_of_levels_made_elsewhere_is_shown_as_it_is(results):
-    thresholds = {"threshold_minimal": 3.0, "threshold_target": 5.0, "threshold_stretch": 15.0}
-    nothing = dict.fromkeys(("value", "lo", "hi"), float("nan")) | {"level": "none", "level_certain": "none", "n": 0}
-    made = pd.DataFrame([{"criterion": "gain", "unit": "%", **thresholds, **nothing}])
-    text = page(results, success=made)
-    assert (
-        "| gain | not measured | none | none | ≥ 3 % | ≥ 5 % | ≥ 15 % | 0 |" in text and "log error, mult" not in text
-    )
-
-
-def test_the_page_without_law_or_best(results):
-    bare = page(results, law=law().iloc[:0], goodhart=empty(tables.GOODHART, []))
-    assert "## What was reached" in bare and "R² of log error, " not in bare
+def test_what_was_not_measured_is_a_row_that_says_why(results):
+    bare = empty(tables.GOODHART, [])
+    text = page(results, law=law().iloc[:0], goodhart=bare, success=success(results, bare, law=law().iloc[:0]))
+    assert "| PPL gain of best over uniform at 2.6bpw | no uniform plan to compare with | none | none | ≥ 3 % |" in text
+    assert "| R² of log error, in sample (multiplicative) | not defined | none | none | ≥ 0.6 |" in text
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import pandas as pd
 from bitalloc.documents import Grid, grids, latex
 from bitalloc.statistics import accuracies
 
-ALL, BEST, JOINT, BITS = "all", "best", "optimal", "bits_only"
+ALL, BEST, JOINT, BITS, KL = "all", "best", "optimal", "bits_only", "kl_nats_per_token"
 
 
 def paper(
@@ -34,12 +34,12 @@ def paper(
     gates: pd.DataFrame,
     sentences: Sequence[str],
     captions: Mapping[str, str],
+    success: pd.DataFrame,
+    controls: pd.DataFrame,
     authors: Sequence[str] = (),
-    success: pd.DataFrame | None = None,
 ) -> str:
     """Tables of their names -> LaTeX. `sentences` sum up GOODHART; `captions`: name of a figure -> its caption."""
     whole = grids.stands_on(gates)
-    reached = grids.success(goodhart, law) if success is None else success
     analyses = dict(grids.goodhart_grids(goodhart, whole, whole=False))
     return latex.render(
         template,
@@ -60,12 +60,13 @@ def paper(
             ),
             "law": _law(law, gates),
             "uniform": _against_uniform(goodhart),
-            "rank": _joint_or_bits(goodhart),
+            "rank": _joint_or_bits(controls),
             "truth": _truth(goodhart),
             "limits": _limits(goodhart, gates),
             "analyses": analyses,
             "grids": {
-                "success": grids.success_grid(reached, whole),
+                "success": grids.success_grid(success),
+                "controls": grids.controls_grid(controls, whole),
                 "plans": grids.plans_grid(plans, evaluate, checkpoints, whole),
                 "gains": grids.gains_grid(goodhart, whole),
                 "law": grids.law_grid(law, whole),
@@ -144,15 +145,14 @@ def _against_uniform(goodhart: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def _joint_or_bits(goodhart: pd.DataFrame) -> dict[str, Any]:
-    """Where the intervals of joint plans and of the control without rank lie apart, and where they overlap."""
-    joint, bits = _gains(goodhart, JOINT), _gains(goodhart, BITS)
-    found: dict[str, list[str]] = {"joint": [], "bits": [], "overlap": []}
-    for budget in (budget for budget in joint if budget in bits):
-        a, b = joint[budget], bits[budget]
-        word = "joint" if a["lo"] > b["hi"] else "bits" if b["lo"] > a["hi"] else "overlap"
-        told = f"{budget} (joint {grids.estimate(a, 1)}, bits alone {grids.estimate(b, 1)} %)"
-        found[word].append(told)
+def _joint_or_bits(controls: pd.DataFrame) -> dict[str, Any]:
+    """Where the joint plan and bits alone differ by their paired interval, on the first corpus, and where not."""
+    rows = controls[(controls["control"] == BITS) & (controls["metric"] == KL) & (controls["status"] == "ok")]
+    found: dict[str, list[str]] = {"joint": [], "bits": [], "open": []}
+    for row in rows[rows["task"] == (rows["task"].iloc[0] if len(rows) else "")].to_dict("records"):
+        word = "joint" if row["hi"] < 0 else "bits" if row["lo"] > 0 else "open"
+        thousandths = {end: 1000 * row[end] for end in ("value", "lo", "hi")}
+        found[word].append(f"{row['budget']} ({grids.estimate(thousandths, 2)})")
     return {**found, "known": any(found.values())}
 
 

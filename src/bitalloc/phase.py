@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from bitalloc.errors import BitallocError
 from bitalloc.option import PASS_THROUGH, Option
-from bitalloc.statistics import Scores, resample
+from bitalloc.statistics import mean_interval, resample
 from bitalloc.tables import CONTROLS, PHASE, without_arms
 
 Array = NDArray[np.float64]
@@ -169,7 +169,7 @@ def _shape(
     """The rows of all matrices of one kind and shape together."""
     first, costs = matrices.iloc[0], ["cost_bits_only", "cost_with_rank", "cost_joint"]
     bits_ML, rank_ML, joint_ML = (matrices[name].to_numpy(float).reshape(-1, len(level_L)) for name in costs)
-    count_RM = resample(np.zeros(len(bits_ML)), resamples, np.random.default_rng(seed))
+    count_RM, _ = resample(np.zeros(len(bits_ML)), resamples, np.random.default_rng(seed))
 
     def share(part_ML: Array) -> Array:
         """[3, L] part / bits over all matrices, and the ends of its interval if they are several."""
@@ -246,11 +246,14 @@ def _paired(responses: pd.DataFrame, joint: str, alone: str, resamples: int, see
                 f"responses: {joint} and {alone} lack windows of {task}, so they cannot be paired; rerun evaluate"
             )
         weight_I = part.drop_duplicates("item").set_index("item").loc[wide.columns, "weight"].to_numpy(float)
-        scores = Scores(tuple(wide.index), wide.to_numpy(), weight_I, np.zeros(len(weight_I), dtype=int))
-        count_RI = resample(scores.group_I, resamples, np.random.default_rng([seed, *str(task).encode()]))
-        both, both_RP = scores.means([joint, alone]), scores.resampled([joint, alone], count_RI)
-        lo, hi = np.quantile(both_RP[:, 0] - both_RP[:, 1], [0.025, 0.975])
+        difference_I = (wide.loc[joint] - wide.loc[alone]).to_numpy(float)
+        count_RI, units = resample(
+            np.zeros(len(weight_I)), resamples, np.random.default_rng([seed, *str(task).encode()])
+        )
+        drawn_R = (count_RI @ (weight_I * difference_I)) / (count_RI @ weight_I)
+        found = mean_interval(float(np.average(difference_I, weights=weight_I)), drawn_R, units)
+        means = {plan: float(np.average(wide.loc[plan], weights=weight_I)) for plan in (joint, alone)}
         yield {
-            "task": task, "metric": metric, "joint": both[0], "alone": both[1], "value": both[0] - both[1],
-            "lo": lo, "hi": hi, "n": len(weight_I),
+            "task": task, "metric": metric, "joint": means[joint], "alone": means[alone], "value": found.value,
+            "lo": found.lo, "hi": found.hi, "n": len(weight_I),
         }  # fmt: skip

@@ -20,7 +20,7 @@ from bitalloc.errors import BitallocError
 from bitalloc.progress import clock
 
 STAGES = ("retrieve", "calibrate", "sweep", "fit", "allocate", "compress", "evaluate", "analyze", "report", "gates")
-TABLES_READ = "plans, evaluate, checkpoints, goodhart, law, gates"
+TABLES_READ = "success, plans, evaluate, checkpoints, controls, phase, goodhart, law, gates"
 STANDS_ON = dict.fromkeys(("sensitivity", "errors", "law"), ("sweep", "fit"))  # figure -> gates; others: all of them
 TIMES = ("stage", "jobs", "wall", "CPU", "share of wall")
 TIMES_NOTE = "Hours, minutes and seconds of every job's last run, added up; what came from a cache took none."
@@ -89,22 +89,21 @@ def page(
     sentences: Sequence[str],
     figures: Sequence[Path],
     captions: Mapping[str, str] | None = None,
-    success: pd.DataFrame | None = None,
+    success: pd.DataFrame,
+    controls: pd.DataFrame,
     times: Sequence[Sequence[str]] = (),
     protocols: pd.DataFrame | None = None,
     long: bool = False,
 ) -> Document:
     """What the pages of a model say, the levels reached first.
 
-    `sentences` sum up GOODHART; `captions` are those of the figures by their names; `success`: SUCCESS, read off
-    GOODHART and LAW where it is not given; `times`: TIMES; `protocols`: EVALUATE of the suite of this name;
-    `long`: with every row of GOODHART.
+    `sentences` sum up GOODHART; `captions` are those of the figures by their names; `times`: TIMES; `protocols`:
+    EVALUATE of the suite of this name; `long`: with every row of GOODHART.
     """
-    reached = grids.success(goodhart, law) if success is None else success
     captions, whole = captions or {}, grids.stands_on(gates)
     every = [grid for _, grid in grids.goodhart_grids(goodhart, whole)]
     sections = [
-        Section("What was reached", [grids.success_grid(reached, whole)]),
+        Section("What was reached", [grids.success_grid(success)]),
         Section("What was found", sentences),
         Section("Plans", [
             grids.plans_grid(plans, evaluate, checkpoints, whole), grids.gains_grid(goodhart, whole),
@@ -113,6 +112,7 @@ def page(
             Picture(path, captions.get(path.stem, ""), grids.stands_on(gates, STANDS_ON.get(path.stem, ())))
             for path in figures
         ]),
+        Section("Rank versus bits", [grids.controls_grid(controls, whole)]),
         Section("The law", [grids.law_grid(law, grids.stands_on(gates, STANDS_ON["law"]))]),
         *grids.divergence(plans, evaluate, whole),
         *([] if protocols is None else [grids.protocols_section(protocols, whole)]),

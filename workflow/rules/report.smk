@@ -5,7 +5,7 @@ shows one figure a click, by scripts. Captions and categories are there for it a
 `snakemake results/tiny/report.html --report run.html` adds the rules, their code and their runtimes, and works offline.
 """
 
-FIGURES = ["goodhart", "domains", "sensitivity", "errors", "law"]
+FIGURES = ["goodhart", "phase", "domains", "sensitivity", "errors", "law"]
 
 
 rule report:
@@ -16,6 +16,8 @@ rule report:
         checkpoints="results/{model}/checkpoints.parquet",
         law="results/{model}/law.parquet",
         goodhart="results/{model}/goodhart.parquet",
+        success="results/{model}/success.parquet",
+        controls="results/{model}/controls.parquet",
         gates="results/{model}/gates.parquet",
         protocols=protocols,
         figures=expand("results/{{model}}/{name}.png", name=FIGURES),
@@ -46,6 +48,8 @@ rule report_paper:
         checkpoints="results/{model}/checkpoints.parquet",
         evaluate="results/{model}/evaluate.parquet",
         goodhart="results/{model}/goodhart.parquet",
+        success="results/{model}/success.parquet",
+        controls="results/{model}/controls.parquet",
         gates="results/{model}/gates.parquet",
         figures=expand("results/{{model}}/{name}.png", name=FIGURES),
         captions=expand("workflow/report/{name}.rst", name=FIGURES),

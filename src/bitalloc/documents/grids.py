@@ -14,14 +14,12 @@ import pandas as pd
 from bitalloc.documents import Block, Bullets, Grid, Section
 from bitalloc.errors import BitallocError
 from bitalloc.statistics import accuracies
+from bitalloc.tables import without_arms
 
 REFERENCE, BEST, ALL = "reference", "best", "all"
-PROBES = ("random", "component")  # strategies whose plans are a pool, not an answer
+POOL = "random"
 HEADER = ("plan", "on disk", "bits a weight", "PPL", "KL")
 LEVELS = ("minimal", "target", "stretch")
-PPL_GAIN = (3.0, 5.0, 15.0)  # percent over uniform at equal bytes, at least
-DROP = (5.0, 2.0, 1.0)  # points of accuracy below the reference, at most
-R2 = (0.6, 0.8, 0.9)  # of log error, at least
 
 
 def human(nbytes: float) -> str:
@@ -40,7 +38,8 @@ def human(nbytes: float) -> str:
 
 
 def named(plans: pd.DataFrame) -> pd.DataFrame:
-    return plans[~plans["strategy"].isin(PROBES)]
+    """The plans that are an answer: neither of the pool nor of an arm of the analysis."""
+    return without_arms(plans[plans["strategy"] != POOL])
 
 
 def first_corpus(evaluate: pd.DataFrame) -> str:
@@ -97,49 +96,47 @@ def plans_grid(plans: pd.DataFrame, evaluate: pd.DataFrame, checkpoints: pd.Data
 
 # ---- what was reached
 SUCCESS_NOTE = "Reached: by the value. Certainly: by the unfavourable end of the 95 % interval too."
+CRITERIA = {
+    "ppl_gain_percent": "PPL gain of best over uniform",
+    "accuracy_drop_points": "accuracy that best loses, worst task",
+    "r2_log": "R\u00b2 of log error, in sample",
+    "r2_loo": "R\u00b2 of log error, each option left out",
+}
 
 
-def success(goodhart: pd.DataFrame, law: pd.DataFrame) -> pd.DataFrame:
-    """The criteria with their thresholds, what was measured, and the level reached, from GOODHART and LAW."""
-    best = goodhart[(goodhart["analysis"] == "gain") & (goodhart["proxy"] == BEST)]
-    found = []
-    gains = best[best["statistic"] == "ppl_gain_percent"]
-    for row in gains[gains["gold"] == (gains["gold"].iloc[0] if len(gains) else "")].itertuples():
-        found.append(_criterion(f"PPL gain of best over uniform at {row.budget}", "%", PPL_GAIN, row, row.n))
-    drops = best[(best["statistic"] == "accuracy_points_vs_reference") & (best["status"] != "floor")]
-    for budget, part in drops.groupby("budget", sort=False):
-        worst = part.loc[part["value"].idxmin()]
-        lost = pd.Series({"value": -worst["value"], "lo": -worst["hi"], "hi": -worst["lo"]})
-        name = f"accuracy that best loses at {budget}, worst task ({worst['gold']})"
-        found.append(_criterion(name, "points", DROP, lost, worst["n"]))
-    r2 = law[(law["scope"] == "pooled") & (law["statistic"] == "r2_log") & law["value"].notna()]
-    if len(r2):
-        row = r2.loc[r2["value"].idxmax()]
-        found.append(_criterion(f"R\u00b2 of log error, {row['form']} law", "", R2, row, row["n"]))
-    columns = ["criterion", "unit", *(f"threshold_{level}" for level in LEVELS), "value", "lo", "hi", "level"]
-    return pd.DataFrame(found, columns=[*columns, "level_certain", "n"])
-
-
-def _criterion(name: str, unit: str, thresholds: Sequence[float], interval: Any, n: int) -> tuple:
-    falling = thresholds[0] > thresholds[-1]
-    ends = (interval.value, interval.hi if falling else interval.lo)
-    reached = [[end <= each if falling else end >= each for each in thresholds] for end in ends]
-    levels = [LEVELS[sum(each) - 1] if any(each) else "none" for each in reached]
-    return (name, unit, *thresholds, interval.value, interval.lo, interval.hi, *levels, n)
-
-
-def success_grid(success: pd.DataFrame, stands_on: str = "") -> Grid:
-    """SUCCESS as it heads the report; thresholds that rise are lower bounds, those that fall upper ones."""
+def success_grid(success: pd.DataFrame) -> Grid:
+    """SUCCESS as it heads the pages, with the verdicts that its rows stand on."""
     header = ("criterion", "measured", "reached", "certainly", *LEVELS, "n")
     rows = []
     for row in success.to_dict("records"):
-        bounds = [row[f"threshold_{level}"] for level in LEVELS]
-        sign = "\u2264" if bounds[0] > bounds[-1] else "\u2265"
-        unit = f" {row['unit']}" if row["unit"] else ""
-        told = [f"{sign} {bound:g}{unit}" if np.isfinite(bound) else "-" for bound in bounds]
-        measured = estimate(row, 1 if unit else 3, unit)
-        rows.append((row["criterion"], measured, row["level"], row["level_certain"], *told, str(row["n"])))
-    return Grid(header, rows, SUCCESS_NOTE, stands_on)
+        unit = "" if row["unit"] == "1" else f" {row['unit']}"
+        sign = {">=": "\u2265", "<=": "\u2264"}[row["comparison"]]
+        place = "" if row["budget"] == ALL else f" at {row['budget']}"
+        name = f"{CRITERIA[row['criterion']]}{place}" + ("" if row["gold"] == ALL else f" ({row['gold']})")
+        measured = estimate(row, 1 if unit else 3, unit) if row["status"] == "ok" else row["status"]
+        bounds = [f"{sign} {row[level]:g}{unit}" for level in LEVELS]
+        rows.append((name, measured, row["level"], row["level_sure"], *bounds, str(row["n"])))
+    return Grid(header, rows, SUCCESS_NOTE, "; ".join(dict.fromkeys(success["verdicts"])))
+
+
+# ---- rank versus bits
+CONTROLS_NOTE = (
+    "The plan that may use rank and bits (joint) against those that may use one of them, at equal bytes, paired window "
+    "by window; below 0 the joint plan is better."
+)
+
+
+def controls_grid(controls: pd.DataFrame, stands_on: str = "") -> Grid:
+    """CONTROLS, its divergence alone, and why there was nothing to compare."""
+    header = ("budget", "control", "corpus", "KL of joint", "of the control", "joint - control, 1e-3 nats a token", "n")
+    rows = []
+    for row in controls[controls["metric"].isin(["kl_nats_per_token", ""])].to_dict("records"):
+        told = [f"{row[name]:.4f}" if np.isfinite(row[name]) else "-" for name in ("joint", "alone")]
+        scaled = {end: 1000 * row[end] for end in ("value", "lo", "hi")}
+        found = estimate(scaled, 2) if row["status"] == "ok" else row["status"]
+        corpus = row["task"].removesuffix("/report")
+        rows.append((row["budget"], row["control"], corpus or "-", *told, found, str(row["n"])))
+    return Grid(header, rows, CONTROLS_NOTE, stands_on)
 
 
 def estimate(row: Any, digits: int, unit: str = "") -> str:
