@@ -36,6 +36,27 @@ def test_every_product_is_there_and_every_table_is_of_its_schema(finished):
     assert set(whole["task"]) == {f"docstrings/{protocol}" for protocol in ("gptq", "lm-eval", "llama.cpp")}
 
 
+def test_rank_stands_against_bits_and_what_was_promised_is_graded(project):
+    results = project.folder / "results/tiny"
+    status, output = project.run("results/tiny/phase.png", "results/tiny/success.parquet")
+    assert status == 0, output
+    controls = tables.CONTROLS.read(results / "controls.parquet")
+    assert set(controls["control"]) == {"bits_only", "rank_only"} and controls["value"].notna().all()
+    assert len(tables.PHASE.read(results / "phase.parquet")) and (results / "phase.png").stat().st_size > 20_000
+    success = tables.SUCCESS.read(results / "success.parquet")
+    assert set(success["criterion"]) == {"ppl_gain_percent", "accuracy_drop_points", "r2_log", "r2_loo"}
+
+
+def test_the_arms_are_plans_of_the_analysis_alone(finished):
+    results = finished.folder / "results/tiny"
+    plans = tables.PLANS.read(results / "plans.parquet")
+    arms = plans[~plans["plan"].isin(tables.without_arms(plans)["plan"])]
+    assert {"leaked-2.55bpw", "component-attention-1", "component-mlp-1"} <= set(arms["plan"])
+    assert "report split" in arms.set_index("plan").loc["leaked-2.55bpw", "note"]
+    assert {path.stem for path in (results / "plans").glob("*.parquet")} == set(plans["plan"])
+    assert "component" not in (results / "report.md").read_text()
+
+
 def test_bytes_on_disk_are_the_promised_ones(finished):
     checkpoints = tables.CHECKPOINTS.read(finished.folder / "results/tiny/checkpoints.parquet")
     assert len(checkpoints)
