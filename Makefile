@@ -5,9 +5,9 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 CORES ?= 2
-DEMO := results/tiny/goodhart.png results/tiny/report.md
+DEMO := $(addprefix results/tiny/,goodhart.png report.md)
 
-.PHONY: demo test lint format config bench-allocate bench-clusters bench-evaluate bench-export bench-goodhart bench-memory bench-peers bench-resume bench-rounds bench-sweep test-lepton test-slurm clean
+.PHONY: demo test lint format config bench-allocate bench-clusters bench-evaluate bench-export bench-goodhart bench-memory bench-peers bench-phase bench-resume bench-rounds bench-sweep test-lepton test-slurm clean
 
 demo: $(VENV)/.core
 	$(BIN)/snakemake $(DEMO) --cores $(CORES) --quiet rules host
@@ -64,6 +64,9 @@ GPT2 := $(if $(BITALLOC_DATA),--gpt2 $(BITALLOC_DATA)/models/gpt2_small_attentio
 bench-rounds: $(VENV)/.dev
 	$(BIN)/snakemake --cores $(CORES) $(ROUNDS:%=results/%/moments.parquet) --quiet rules host
 	$(BIN)/python benchmarks/bench_rounds.py --models $(ROUNDS) $(GPT2)
+
+bench-phase: $(VENV)/.dev
+	$(BIN)/python benchmarks/bench_phase.py $(GPT2)
 
 bench-allocate: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_allocate.py

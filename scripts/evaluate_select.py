@@ -12,7 +12,7 @@ from bitalloc.script import stage
 from bitalloc.tables import EVALUATE, INVENTORY, ITEMS, PLAN, PLANS, TOKENS, verdicts
 
 SUITES = {"select": ("perplexity", "divergence"), "report": ("perplexity",)}
-ENTRANTS = {"select": r"optimal(_\d+)?|uniform|manual", "report": r"leaked_\d+|uniform"}
+ENTRANTS = {"select": r"optimal(_\d+)?|uniform|manual", "report": r"(leaked|optimal)(_\d+)?|uniform"}
 
 
 def main(*, inputs: dict[str, Path], settings: Config, split: str, path_to_scores: Path) -> None:

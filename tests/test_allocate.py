@@ -396,6 +396,8 @@ def test_leaked_is_the_winner_by_loss_on_the_report_split():
     assert list(rows["plan"]) == list(chosen) == ["leaked-2.8bpw"]
     assert rows["note"][0] == "won by leaked_2 on the report split: NLL 0.1 (uniform 0.9)"
     pd.testing.assert_frame_equal(chosen["leaked-2.8bpw"], frames["leaked_2-2.8bpw"])
+    honest = scores.assign(value=scores["value"].mask(scores["plan"] == "optimal_3-2.8bpw", 0.01))
+    assert "won by optimal_3 " in choose_leaked(plans, frames, honest)[0]["note"][0]
     with pytest.raises(BitallocError, match=r"leaked_1-2\.8bpw has no perplexity"):
         choose_leaked(plans, frames, scores[scores["plan"] != "leaked_1-2.8bpw"])
 

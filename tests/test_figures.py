@@ -112,19 +112,22 @@ def test_phase(tmp_path):
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
-def test_the_headline_of_phase_says_the_negative_result_first():
-    frame = pd.DataFrame(
-        {"scope": "matrix", "budget": "3bpw", "name": ["a", "b", "c"], "winner": ["rank", "bits", "open"]}
-    )
+def test_the_headline_of_phase_claims_a_gain_only_where_nothing_speaks_against_it():
+    matrices = {"name": ["a", "b", "c"], "winner": ["rank", "bits", "open"]}
+    frame = pd.DataFrame({"scope": "matrix", "budget": "3bpw", **matrices})
     case = {"control": "bits_only", "metric": "kl_nats_per_token", "value": 0.0}
-    open_, won = case | {"lo": -1.0, "hi": 1.0}, case | {"lo": -2.0, "hi": -1.0}
+    even, won, lost = (case | {"lo": lo, "hi": hi} for lo, hi in ((-1.0, 1.0), (-2.0, -1.0), (1.0, 2.0)))
     said = "rank is predicted to save 2 % of KL or more in 1 of 3 matrices at 3bpw"
-    assert sentence(frame, pd.DataFrame([open_])) == (
-        "No gain from rank at equal bytes: measured KL with it is below that of bits alone in 0 of 1 cases, "
+    assert sentence(frame, pd.DataFrame([even])) == (
+        "No consistent gain from rank at equal bytes: measured KL with it is below that of bits alone in 0 of 1 cases, "
         f"above in 0; {said}"
     )
-    assert sentence(frame, pd.DataFrame([open_, won])).startswith("Rank can pay: measured KL with it is below")
-    assert sentence(frame, pd.DataFrame(columns=list(open_))) == said.capitalize().replace("kl", "KL")
+    for cases, opening in (
+        ([even, won], "Rank pays"), ([won, won, lost], "No consistent gain"), ([even, even, won], "No consistent gain"),
+        ([won, lost, lost], "No consistent gain"), ([even, lost], "Rank costs"), ([even] * 2 + [lost], "No consistent"),
+    ):  # fmt: skip
+        assert sentence(frame, pd.DataFrame(cases)).startswith(opening)
+    assert sentence(frame, pd.DataFrame(columns=list(even))) == said[0].upper() + said[1:]
 
 
 def test_the_headline_of_domains_counts_whole_intervals_and_tells_calibrated_text_apart():

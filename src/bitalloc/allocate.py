@@ -417,9 +417,11 @@ def choose_leaked(
 ) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:
     """PLANS rows and PLAN frames of `leaked-<budget>`: the candidate of least NLL on the very windows of the report.
 
-    Candidates are `leaked_<n>` and the uniform plan, as many as for `best`.
+    Candidates are `leaked_<n>` and those of `best`, so that on these windows no `best` has a lower NLL.
     """
-    return _choose(plans, frames, evaluate, "leaked", candidates=r"leaked_\d+|uniform", split="report", by=_NLL)
+    return _choose(
+        plans, frames, evaluate, "leaked", candidates=r"(leaked|optimal)(_\d+)?|uniform", split="report", by=_NLL
+    )
 
 
 def _choose(

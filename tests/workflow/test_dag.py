@@ -42,7 +42,7 @@ def test_a_browser_shows_every_figure_of_the_page_and_asks_for_nothing(finished,
     page = finished.folder / "results/tiny/report.html"
     with opened(page, tmp_path, width=390) as (evaluate, events):
         seen = evaluate(LOOK)
-        assert len(seen["widths"]) == 5 and min(seen["widths"]) > 500 and all(seen["visible"]) and seen["overflow"] <= 0
+        assert len(seen["widths"]) == 6 and min(seen["widths"]) > 500 and all(seen["visible"]) and seen["overflow"] <= 0
     assert complaints(events) == [] and requests(events) == {page.resolve().as_uri()}
 
 
@@ -56,6 +56,27 @@ def test_the_paper_is_written_from_the_tables_and_compiles(project):
         command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "main.tex"]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace", check=False)
         assert done.returncode == 0, done.stdout[-2000:]
+
+
+def test_rank_stands_against_bits_and_what_was_promised_is_graded(project):
+    results = project.folder / "results/tiny"
+    status, output = project.run("results/tiny/phase.png", "results/tiny/success.parquet")
+    assert status == 0, output
+    controls = tables.CONTROLS.read(results / "controls.parquet")
+    assert set(controls["control"]) == {"bits_only", "rank_only"} and controls["value"].notna().all()
+    assert len(tables.PHASE.read(results / "phase.parquet")) and (results / "phase.png").stat().st_size > 20_000
+    success = tables.SUCCESS.read(results / "success.parquet")
+    assert set(success["criterion"]) == {"ppl_gain_percent", "accuracy_drop_points", "r2_log", "r2_loo"}
+
+
+def test_the_arms_are_plans_of_the_analysis_alone(finished):
+    results = finished.folder / "results/tiny"
+    plans = tables.PLANS.read(results / "plans.parquet")
+    arms = plans[~plans["plan"].isin(tables.without_arms(plans)["plan"])]
+    assert {"leaked-2.55bpw", "component-attention-1", "component-mlp-1"} <= set(arms["plan"])
+    assert "report split" in arms.set_index("plan").loc["leaked-2.55bpw", "note"]
+    assert {path.stem for path in (results / "plans").glob("*.parquet")} == set(plans["plan"])
+    assert "component" not in (results / "report.md").read_text()
 
 
 def test_bytes_on_disk_are_the_promised_ones(finished):

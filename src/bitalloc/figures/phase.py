@@ -32,7 +32,7 @@ def phase(frame: pd.DataFrame, controls: pd.DataFrame, path: Path, stamp: str, *
         bottom, top = bottom + 0.5 / height, top - 0.35 / height
         right = 1 - BESIDE / width
         grid = figure.add_gridspec(
-            rows, columns, left=0.062, right=right, bottom=bottom, top=top, wspace=0.09, hspace=0.42
+            rows, columns, left=0.062, right=right, bottom=bottom, top=top, wspace=0.13, hspace=0.42
         )
         shared = None
         for place, name in enumerate(names):
@@ -58,7 +58,9 @@ def sentence(frame: pd.DataFrame, controls: pd.DataFrame) -> str:
         return said[0].upper() + said[1:]
     lower, higher = int((paired["hi"] < 0).sum()), int((paired["lo"] > 0).sum())
     measured = f"measured KL with it is below that of bits alone in {lower} of {len(paired)} cases, above in {higher}"
-    opening = "No gain from rank at equal bytes" if lower <= higher else "Rank can pay"
+    opening = "No consistent gain from rank at equal bytes"
+    if max(lower, higher) == lower + higher and 2 * (lower + higher) >= len(paired):
+        opening = f"Rank {'pays' if lower else 'costs'} at equal bytes"
     return f"{opening}: {measured}; {said}"
 
 
@@ -89,7 +91,7 @@ def _savings(axes: Axes, frame: pd.DataFrame, name: str, *, last: bool) -> None:
     axes.set_xlim(grid["bits_per_weight"].min(), grid["bits_per_weight"].max())
     axes.xaxis.set_major_locator(MultipleLocator(1))
     axes.xaxis.set_minor_locator(MultipleLocator(0.25))
-    axes.set_title(f"{name} (width {first['width']})")
+    axes.set_title(f"{name}, width {first['width']}", size=8.5)
     if last:
         axes.set_xlabel("bits a weight, everything counted")
 
@@ -109,7 +111,7 @@ def _measured(axes: Axes, controls: pd.DataFrame) -> None:
             axes.plot(value, at, MARKERS[place % len(MARKERS)], color=INK, mfc="white", ms=5)
             if y == 0:
                 axes.annotate(
-                    row.task.removesuffix("/report"), (hi, at), (4, 0), textcoords="offset points", size=7.5,
+                    row.task.removesuffix("/report"), (max(hi, 0), at), (4, 0), textcoords="offset points", size=7.5,
                     va="center", color=GREY,
                 )  # fmt: skip
         if mine.empty:
