@@ -335,26 +335,35 @@ class Executor(RemoteExecutor):
             return
         self.ending.set()
         self.pool.shutdown(wait=True, cancel_futures=True)  # a request on its way comes home
-        end, left = time.monotonic() + self.site.stop_s, "unknown"
+        end = time.monotonic() + self.site.stop_s
         while True:
             try:
                 alive = self._alive()
-                left = ", ".join(job.id for job in alive)
-                to_stop = [job.id for job in alive if not job.ending]
+                left, to_stop = [job.id for job in alive], [job.id for job in alive if not job.ending]
                 if not to_stop and time.monotonic() > self.doubt:
                     break
-                with ThreadPoolExecutor(SUBMITTERS) as pool:
-                    list(pool.map(self.api.stop, to_stop))
             except ApiError as error:
                 self.silent = str(error)
+                with self.guard:
+                    left = to_stop = list(self.submitted)
+            with ThreadPoolExecutor(SUBMITTERS) as pool:
+                list(pool.map(self._stop, to_stop))
             if time.monotonic() > end:
                 self.logger.error(
-                    f"lepton: {self.silent or 'jobs do not stop'}; they may still run: {left}. Stop them "
-                    "(`lep job stop --id ...`), or run the same command again to take them over"
+                    f"lepton: {self.silent or 'jobs do not stop'}; they may still run: {', '.join(left) or 'unknown'}. "
+                    "Stop them (`lep job stop --id ...`), or run the same command again to take them over"
                 )
                 break
             time.sleep(min(self.site.pause_s, 2))
         self.ended = True
+
+    def _stop(self, job_id: str) -> None:
+        from .api import ApiError
+
+        try:
+            self.api.stop(job_id)
+        except ApiError as error:  # the next look tells, and asks again
+            self.silent = str(error)
 
     def _alive(self) -> list["Job"]:
         """Jobs of this folder that are alive, whether the server lists them or not."""

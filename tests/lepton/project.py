@@ -16,10 +16,10 @@ from .standin import Standin
 SRC = Path(__file__).parents[2] / "src"
 SNAKEFILE = """
 rule all:
-    input: expand("out/{n}", n=range(JOBS))
+    input: expand("out-{n}", n=range(JOBS))
 
 rule work:
-    output: "out/{n}"
+    output: "out-{n}"
     resources: gpu=1
     params: code=CODE
     shell:
@@ -98,7 +98,7 @@ class Toy:
         return (self.folder / "head.log").read_text()
 
     def missing(self) -> list[int]:
-        return [n for n in range(self.jobs) if not (self.folder / f"out/{n}").exists()]
+        return [n for n in range(self.jobs) if not (self.folder / f"out-{n}").exists()]
 
 
 def wait_for(condition: Callable[[], object], process: subprocess.Popen | None = None, seconds: float = 40) -> None:

@@ -149,6 +149,31 @@ def test_a_price_needs_its_source_and_its_day_and_none_is_no_zero(site):
         site.cost({"gpu.a10": 1800.0})
 
 
+@pytest.mark.parametrize(
+    ("site", "said"),
+    [
+        ({"imgae": "x"}, "unknown key 'imgae'; did you mean 'image'?"),
+        ({"shapes": []}, "shapes is missing; fill it in"),
+        ({"shapes": [{"name": "gpu.a10", "gpus": 1}]}, "a value is of the wrong kind"),
+        ({"mounts": [{"path": "/proj"}]}, "a value is of the wrong kind"),
+        ({"pause_s": -1}, "a value is of the wrong kind"),
+        ({"mounts": "node-nfs:x"}, "a value is of the wrong kind"),
+    ],
+)
+def test_a_fault_in_the_site_file_is_one_line(site, said, tmp_path):
+    (tmp_path / "site.yaml").write_text(yaml.safe_dump({**SITE, **site}))
+    with pytest.raises(SiteError) as caught:
+        Site.read(tmp_path / "site.yaml")
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_site_file_that_cannot_be_read_is_one_line(tmp_path):
+    (tmp_path / "site.yaml").write_text("image: [")
+    for name, said in (("site.yaml", "cannot read the site file"), ("none.yaml", "No such file")):
+        with pytest.raises(SiteError, match=said):
+            Site.read(tmp_path / name)
+
+
 def test_a_price_without_a_source_is_refused(tmp_path):
     shapes = [{"name": "gpu.a10", "gpu": 1, "usd_per_hour": 1.5}]
     (tmp_path / "site.yaml").write_text(yaml.safe_dump({**SITE, "shapes": shapes}))

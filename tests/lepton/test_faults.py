@@ -70,6 +70,25 @@ def test_ctrl_c_while_a_creation_takes_effect_late_leaves_no_job(toy, standin):
     wait_for(lambda: not standin.running())
 
 
+def test_jobs_that_could_not_be_stopped_are_named_and_taken_over_later(toy, standin):
+    (toy.folder / "hold").touch()
+    site = yaml.safe_load((toy.folder / "site.yaml").read_text())
+    (toy.folder / "site.yaml").write_text(yaml.safe_dump({**site, "stop_s": 1}))
+    with toy.started() as head:
+        wait_for(lambda: at_work(toy), head)
+        standin.refuse = True
+        os.killpg(head.pid, signal.SIGINT)
+        assert head.wait(60) != 0
+    standin.refuse = False
+    [line] = [line for line in toy.output().splitlines() if "they may still run" in line]
+    assert "HTTP 401" in line and all(job in line for job in standin.jobs)
+    with toy.started() as head:
+        wait_for(lambda: toy.output().count("taken over from an earlier run") == 2, head)
+        (toy.folder / "hold").unlink()
+        status = head.wait(60)
+    assert count(toy, status) == Outcome(status=0, leaked=0, doubles=0, lost=0, created=2)
+
+
 def test_killed_and_run_again_it_takes_jobs_over_unless_their_code_has_changed(toy, standin):
     (toy.folder / "hold").touch()  # jobs work on for as long as it is there
     with toy.started() as head:
@@ -88,7 +107,7 @@ def test_killed_and_run_again_it_takes_jobs_over_unless_their_code_has_changed(t
     assert f"2 jobs of an earlier run of this folder are alive: {', '.join(old)}" in said
     assert said.count("taken over from an earlier run") == 1
     assert said.count("does this work with other code; stopping it") == 1
-    assert [(toy.folder / f"out/{n}").read_text() for n in range(2)] == ["1\n", "2\n"]
+    assert [(toy.folder / f"out-{n}").read_text() for n in range(2)] == ["1\n", "2\n"]
 
 
 def test_a_mount_that_is_not_the_heads_is_one_line_and_not_tried_again(toy, standin):
@@ -99,22 +118,12 @@ def test_a_mount_that_is_not_the_heads_is_one_line_and_not_tried_again(toy, stan
     assert f"{toy.folder} is not the folder of the head; mount one shared file system" in line
 
 
-@pytest.mark.parametrize(
-    ("site", "faults", "said"),
-    [
-        ({}, {"refuse": True}, "HTTP 401, the token is refused; nothing was submitted"),
-        ({"imgae": "x"}, {}, "unknown key 'imgae'; did you mean 'image'?"),
-        ({"shapes": []}, {}, "shapes is missing; fill it in"),
-    ],
-)
-def test_what_cannot_start_is_one_line(toy, standin, site, faults, said):
-    given = yaml.safe_load((toy.folder / "site.yaml").read_text())
-    (toy.folder / "site.yaml").write_text(yaml.safe_dump({**given, **site}))
-    for name, value in faults.items():
-        setattr(standin, name, value)
+def test_a_token_that_is_refused_is_one_line_and_nothing_begins(toy, standin):
+    standin.refuse = True
     assert toy.run() == 1
-    assert said in toy.output() and "Traceback" not in toy.output()
-    assert not standin.jobs and TOKEN not in toy.output()
+    assert "lepton: GET /jobs: HTTP 401, the token is refused; nothing was submitted" in toy.output()
+    assert "Traceback" not in toy.output() and TOKEN not in toy.output()
+    assert not standin.bodies()
 
 
 def test_the_bench_knows_what_is_due():
