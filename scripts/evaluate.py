@@ -15,14 +15,13 @@ def main(*, part: int, inputs: dict[str, Path], settings: Config, results: Path,
     if read_verdict(inputs["allocate"])["route"] == "near_uniform":
         plans = plans[plans["strategy"] != "random"]  # nothing to gain: the pool is not worth its hours
     written = CHECKPOINTS.read(inputs["checkpoints"]).set_index("plan")["path"]
-    mine = plans["plan"].tolist()[part :: settings.evaluate.jobs]
     experiments = open_experiments(
         inputs["checkpoint"], inputs["inventory"], inputs["moments"], settings, inputs.get("embeddings")
     )
     scores, responses = evaluate(
         plans={
             name: results / written[name] if name in written else PLAN.read(inputs["folder"] / f"{name}.parquet")
-            for name in mine
+            for name in plans["plan"]
         },
         path=experiments.checkpoint.path,
         inventory=INVENTORY.read(inputs["inventory"]),
@@ -34,6 +33,9 @@ def main(*, part: int, inputs: dict[str, Path], settings: Config, results: Path,
         store=experiments.store,
         device=experiments.device,
         seed=settings.seed,
+        pool=plans.loc[plans["strategy"] == "random", "plan"].tolist(),
+        rerun=settings.evaluate.rerun,
+        part=(part, settings.evaluate.jobs),
     )
     EVALUATE.write(scores, outputs["scores"], verdicts=verdicts(inputs["plans"]))
     RESPONSES.write(responses, outputs["responses"], verdicts=verdicts(inputs["plans"]))
