@@ -40,7 +40,6 @@ from bitalloc.corpus import load_tokenizer, read_records
 from bitalloc.models import load_model
 from bitalloc.progress import Progress
 from bitalloc.provenance import run_record
-from bitalloc.store import Store
 from bitalloc.suites import Head, Windows, downstream
 
 CPU = torch.device("cpu")
@@ -175,7 +174,7 @@ def exactness(lm: Any, requests: list[Any], mine: np.ndarray, other: np.ndarray,
     }
 
 
-def measure(path: Path, store: Path, given: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
+def measure(path: Path, given: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
     """(task, row) of one model."""
     root = Path(os.environ["BITALLOC_DATA"])
     subjects = {f"mmlu_{subject}": config.Task(limit=given.items // len(MMLU)) for subject in MMLU}
@@ -183,7 +182,7 @@ def measure(path: Path, store: Path, given: argparse.Namespace) -> Iterator[tupl
     model = load_model(path, device=CPU)
     head = Head(model)
     settings = config.Evaluate(tasks=tasks, batch=given.batch)
-    harness = downstream.Harness(model, head, path=path, settings=settings, store=Store(store))
+    harness = downstream.Harness(model, head, path=path, settings=settings)
     parts = {part.name: part for part in harness.parts}
     for task, names in {"MMLU": list(subjects), "HellaSwag": ["hellaswag"], "PIQA": ["piqa"]}.items():
         yield task, compare(harness.lm, head, [(name, parts[name]) for name in names], given)
@@ -213,7 +212,7 @@ def main() -> None:
         print(f"{'model':>13}{'task':>12}" + "".join(f"{name:>12}" for name in HEADER), flush=True)
         progress = Progress("bench-evaluate", 4 * len(models), unit="rows")
         for name, path in models.items():
-            for task, found in measure(path, folder / "store", given):
+            for task, found in measure(path, given):
                 rows.append({"model": name, "task": task, **found})
                 cells = ["" if v is None else v if isinstance(v, str) else f"{v:.3g}" for v in map(found.get, HEADER)]
                 print(f"{name:>13}{task:>12}" + "".join(f"{cell:>12}" for cell in cells), flush=True)

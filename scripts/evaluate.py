@@ -27,14 +27,13 @@ def main(*, part: int, inputs: dict[str, Path], settings: Config, results: Path,
         # nothing to gain: pool and arms are not worth their hours
         plans = without_arms(plans[plans["strategy"] != "random"])
     written = CHECKPOINTS.read(inputs["checkpoints"]).set_index("plan")["path"]
-    mine = plans["plan"].tolist()[part :: settings.evaluate.jobs]
     experiments = open_experiments(
         inputs["checkpoint"], inputs["inventory"], inputs["moments"], settings, inputs.get("embeddings")
     )
     scores, responses = evaluate(
         plans={
             name: results / written[name] if name in written else PLAN.read(inputs["folder"] / f"{name}.parquet")
-            for name in mine
+            for name in plans["plan"]
         },
         path=experiments.checkpoint.path,
         inventory=INVENTORY.read(inputs["inventory"]),
@@ -46,6 +45,9 @@ def main(*, part: int, inputs: dict[str, Path], settings: Config, results: Path,
         store=experiments.store,
         device=experiments.device,
         seed=settings.seed,
+        pool=plans.loc[plans["strategy"] == "random", "plan"].tolist(),
+        rerun=settings.evaluate.rerun,
+        part=(part, settings.evaluate.jobs),
     )
     EVALUATE.write(scores, outputs["scores"], verdicts=verdicts(inputs["plans"]))
     RESPONSES.write(responses, outputs["responses"], verdicts=verdicts(inputs["plans"]))

@@ -15,8 +15,8 @@ from bitalloc.compress import compress
 from bitalloc.errors import BitallocError
 from bitalloc.families import FAMILIES
 from bitalloc.models import get_weight
-from bitalloc.store import Store
-from bitalloc.suites import SUITES
+from bitalloc.store import Ledger, Store
+from bitalloc.suites import scoring
 from bitalloc.tables import EVALUATE, RESPONSES
 from tests.small import CPU, OPTIONS, Small, items, small, tokens
 
@@ -111,48 +111,122 @@ def test_only_layers_that_differ_are_touched(bench: Small, tmp_path: Path, monke
     assert touched == [*bench.layers, bench.layers[3]]
 
 
-def test_a_run_that_broke_off_goes_on_where_it_stopped(
-    bench: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Windows and choices that the model was given, one entry a batch that was kept."""
+    add, kept = Ledger.add, []
+    monkeypatch.setattr(Ledger, "add", lambda self, records: (kept.append(len(records)), add(self, records))[1])
+    return kept
+
+
+def test_a_run_that_broke_off_goes_on_after_the_last_batch(
+    bench: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, passes: list[int]
 ) -> None:
     plans = {f"random-{seed}": bench.random_plan(seed) for seed in range(3)}
-    whole = run(bench, plans, tmp_path / "whole")
-    measure, measured = stage.Bench.measure, []
+    settings = SETTINGS.model_copy(update={"batch": 5})
+    whole = run(bench, plans, tmp_path / "whole", settings=settings, rerun=True)
+    undisturbed, add = list(passes), Ledger.add
+    assert undisturbed[:5] == [5, 5, 2, 12, 12]  # windows of the reference, its items of two tasks
+    passes.clear()
 
-    def breaking(self: Any, name: str, subject: Any) -> Any:
-        if name == "random-1" and "random-1" not in measured:
-            measured.append(name)
+    def breaking(self: Any, records: Any) -> None:
+        add(self, records)
+        if len(passes) in (2, 4, 12):
             raise KeyboardInterrupt
-        measured.append(name)
-        return measure(self, name, subject)
 
-    monkeypatch.setattr(stage.Bench, "measure", breaking)
-    with pytest.raises(KeyboardInterrupt):
-        run(bench, plans, tmp_path / "broken")
-    resumed = run(bench, plans, tmp_path / "broken")
-    assert measured == ["reference", "random-0", "random-1", "random-1", "random-2"]
+    monkeypatch.setattr(Ledger, "add", breaking)
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            run(bench, plans, tmp_path / "broken", settings=settings, rerun=True)
+    resumed = run(bench, plans, tmp_path / "broken", settings=settings, rerun=True)
+    assert passes == undisturbed
     for a, b in zip(whole, resumed, strict=True):
-        pd.testing.assert_frame_equal(a, b)
+        pd.testing.assert_frame_equal(a, b, check_exact=True)
 
 
-def test_shards_belong_to_what_was_scored(bench: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    measure, measured = stage.Bench.measure, []
-    monkeypatch.setattr(
-        stage.Bench, "measure", lambda self, name, s: (measured.append(name), measure(self, name, s))[1]
-    )
-    base = {"p": bench.plan(OPTIONS[:1])}
-    run(bench, base, tmp_path)
-    run(bench, {"other name": base["p"]}, tmp_path)
-    assert measured == ["reference", "p"]
-    for change in (
-        {"split": "select"},
-        {"items": items(5)},
-        {"suites": ["perplexity"]},
-        {"settings": SETTINGS.model_copy(update={"stride": 8})},
-        {"tokens": tokens(length=20)},
+def test_only_what_is_new_is_scored(bench: Small, tmp_path: Path, passes: list[int]) -> None:
+    base, few = {"p": bench.plan(OPTIONS[:1])}, tokens().query("window < 8")
+    before, _ = run(bench, base, tmp_path, tokens=few)
+    more = items(3)[:3].assign(item=[12, 13, 14], choices=[[[3], [other]] for other in (4, 5, 6)])
+    for change, new in (
+        ({}, []),
+        ({"plans": {"other name": base["p"]}}, []),
+        ({"suites": ["divergence", "perplexity"]}, []),
+        ({"settings": SETTINGS.model_copy(update={"batch": 3, "resamples": 50})}, []),
+        ({"plans": base | {"q": bench.plan(OPTIONS[1:])}}, [8, 12, 12]),  # a plan: its windows and items
+        ({"tokens": tokens(12)}, [4, 4]),  # windows, of the reference and the plan
+        ({"tokens": tokens(12), "items": pd.concat([items(), more])}, [3, 3]),
+        ({"split": "select"}, [8, 8]),
+        ({"settings": SETTINGS.model_copy(update={"stride": 8})}, [8, 8]),
     ):
-        measured.clear()
-        run(bench, base, tmp_path, **change)
-        assert measured == ["reference", "p"], change
+        passes.clear()
+        run(bench, **({"plans": base, "store": tmp_path, "tokens": few} | change))
+        assert passes == new, change
+    files = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
+    assert files == {".jsonl"} and len(list(tmp_path.rglob("*.jsonl"))) == 9  # a shard for each plan and task
+    again, _ = run(bench, base, tmp_path, tokens=few)
+    pd.testing.assert_frame_equal(again, before, check_exact=True)
+
+
+def test_a_damaged_batch_is_scored_again(
+    bench: Small, tmp_path: Path, passes: list[int], capsys: pytest.CaptureFixture
+) -> None:
+    settings = {"settings": SETTINGS.model_copy(update={"batch": 5})}
+    before = run(bench, {}, tmp_path, **settings)
+    (shard,) = (path for path in tmp_path.rglob("*.jsonl") if len(path.read_bytes().splitlines()) == 3)
+    lines = shard.read_bytes().splitlines(keepends=True)
+    shard.write_bytes(lines[0] + lines[1].replace(b'"nll":"', b'"nll":"A') + lines[2][:40])
+    passes.clear(), capsys.readouterr()
+    after = run(bench, {}, tmp_path, **settings)
+    assert passes == [5, 2]
+    assert f"[store] 2 of 3 batches in {shard} are damaged; their items are computed again" in capsys.readouterr().err
+    for a, b in zip(before, after, strict=True):
+        pd.testing.assert_frame_equal(a, b, check_exact=True)
+
+
+def test_random_plans_are_asked_a_subset_and_the_others_everything(bench: Small, tmp_path: Path) -> None:
+    plans = {"p": bench.plan(OPTIONS), "random-0": bench.random_plan(0), "random-1": bench.random_plan(1)}
+    settings = SETTINGS.model_copy(update={"pool_points": 60, "pool_discordant": 0.2})
+    pool = ["random-0", "random-1"]
+    frame, responses = run(bench, plans, tmp_path, settings=settings, pool=pool)
+    counts = responses[responses["metric"] == "acc"].groupby(["plan", "task"])["item"].unique()
+    assert set(counts["random-0", "say"]) == set(counts["random-1", "say"]) < set(counts["p", "say"])
+    assert [len(counts[plan, "choose"]) for plan in ("reference", "p", "random-0")] == [12, 12, 5]  # .2 (2.8 / .6)^2
+    nll = responses[responses["metric"] == "nll_nats_per_token"].groupby("plan").size()
+    assert set(nll) == {12}  # windows are cheap: everybody reads all
+    told = frame[frame["metric"] == "acc"].set_index(["plan", "task"])["protocol"]
+    assert "; 5 of 12 items, drawn by seed 0; 95 %" in told["random-0", "say"]
+    assert "items" not in told["p", "say"]
+    assert value(frame, "random-0", "flips", "say") >= 0
+
+
+def test_the_reference_is_scored_twice_in_other_batches(bench: Small, tmp_path: Path, passes: list[int]) -> None:
+    frame, responses = run(bench, {"p": bench.plan(OPTIONS[:1])}, tmp_path, rerun=True)
+    assert responses["plan"].drop_duplicates().tolist() == ["reference", "reference-rerun", "p"]
+    for plan, least, most in (("reference-rerun", 0, 1e-6), ("p", 1e-4, 10)):
+        assert least <= value(frame, plan, "kl_nats_per_token") < most
+    assert value(frame, "reference-rerun", "flips", "choose") == 0
+    assert passes == [8, 4, 12, 12, 4, 4, 4, 12, 12, 8, 4, 12, 12]
+    both = responses.pivot(index=["task", "metric", "item"], columns="plan", values="value")
+    assert np.allclose(both["reference"], both["reference-rerun"], atol=1e-4)
+    second, _ = run(bench, {"p": bench.plan(OPTIONS[:1])}, tmp_path, rerun=True, part=(1, 2))
+    assert set(second["plan"]) == {"reference"}  # the first part has them
+
+
+def test_an_evaluation_that_costs_too_much_does_not_start(
+    bench: Small, tmp_path: Path, passes: list[int], capsys: pytest.CaptureFixture
+) -> None:
+    plans = {f"random-{seed}": bench.random_plan(seed) for seed in range(3)}
+    settings = SETTINGS.model_copy(update={"ceiling_hours": 1e-12})
+    with pytest.raises(BitallocError, match=r"estimated to take .* hours, .*ceiling_hours is 1e-12; it would fit"):
+        run(bench, plans, tmp_path, settings=settings, pool=list(plans))
+    assert not passes
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "[evaluate] 4 plans on cpu"
+    windows = next(line.split() for line in said if "noise/report" in line and "pool" in line)
+    assert windows[:7] == ["windows", "noise/report", "pool", "3", "36", f"{36 * 23}", "0%"]
+    run(bench, plans, tmp_path)
+    run(bench, plans, tmp_path, settings=settings, pool=list(plans))  # what is in the store costs nothing
 
 
 def test_parts_that_share_the_reference_make_up_the_frames_of_one_job(bench: Small, tmp_path: Path) -> None:
@@ -175,7 +249,7 @@ def test_the_model_ends_up_with_the_weights_of_the_plan(bench: Small) -> None:
         path=bench.path, inventory=bench.inventory, experiments=bench.experiments, windows=windows, **settings
     )
     subject.put_on(subject.subject("p", bench.plan(OPTIONS)))
-    subject.put_on(subject.subject("reference", None))
+    subject.put_on(stage.Subject({}))
     for layer in bench.layers:
         W_OI = bench.experiments.checkpoint.weight(layer)
         assert torch.equal(get_weight(subject.model, FAMILIES["gpt2"], layer), W_OI)
@@ -193,16 +267,14 @@ def test_bad_input_is_one_line(bench: Small, tmp_path: Path) -> None:
         run(bench, {}, tmp_path, split="nothing")
 
 
-def test_scores_that_are_not_finite_stop(bench: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    responses = SUITES["perplexity"]
-
-    def broken(scored: Any) -> Any:
-        rows, protocols = responses(scored)
-        return rows.assign(value=np.nan), protocols
-
-    monkeypatch.setitem(SUITES, "perplexity", broken)
+def test_scores_that_are_not_finite_stop_and_are_not_kept(
+    bench: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, passes: list[int]
+) -> None:
+    compare = scoring.compare
+    monkeypatch.setattr(scoring, "compare", lambda *a: {k: v * np.nan for k, v in compare(*a).items()})
     with pytest.raises(BitallocError, match="plan reference makes the model's scores NaN or Inf"):
         run(bench, {}, tmp_path)
+    assert not passes
 
 
 @pytest.mark.parametrize(

@@ -202,6 +202,20 @@ class Evaluate(Section):
     tasks: dict[str, Task] = Field(
         {}, description="suite downstream: task of lm-eval -> {limit, fewshot, data, chat, timeout_s}"
     )
+    pool_points: Annotated[float, Field(gt=0, le=100)] | None = Field(
+        5.0,
+        description="points of a task that two random plans must differ by to be told apart with 80 % power: random "
+        "plans are asked only as many items of a task as that takes, the others all; null: all",
+    )
+    pool_discordant: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.1, description="share of items on which two random plans differ, for that; a run before tells it (power)"
+    )
+    rerun: bool = Field(
+        True, description="score the unquantised model twice, in other batches: the floor of flips and of KL"
+    )
+    ceiling_hours: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="of the device: an evaluation that is estimated to take longer does not start; null: none"
+    )
     resamples: Positive = Field(2000, description="bootstrap resamples of an interval")
     jobs: Positive = Field(1, description="jobs among which the plans are shared out")
 

@@ -1,16 +1,18 @@
 """Evaluate: what every plan does to the model, by every suite -> EVALUATE and, item by item, RESPONSES.
 
 The weights of one model are exchanged in place, only those that differ from the plan before, so a random
-pool needs no checkpoints; a plan that has one is loaded from it. Every finished plan is a shard.
+pool needs no checkpoints; a plan that has one is loaded from it. Every answer is kept (`suites.scoring.Memory`), and
+before anything is scored it is said what there is to do and how long that takes.
 
-Legend: W_OI a matrix of O outputs and I inputs.
+Legend: W_OI a matrix of O outputs and I inputs, h_ND hidden states of N positions.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import sys
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -21,7 +23,8 @@ import pandas as pd
 import torch
 from scipy.stats import binom
 
-from bitalloc import config
+from bitalloc import config, cost
+from bitalloc.cost import NAMED, POOL, Work
 from bitalloc.errors import BitallocError, nearest
 from bitalloc.experiments import Experiments
 from bitalloc.formats import bitalloc as checkpoints
@@ -30,11 +33,15 @@ from bitalloc.option import Option, from_row
 from bitalloc.progress import Progress
 from bitalloc.provenance import source_digest
 from bitalloc.quant import CompressedMatrix
-from bitalloc.store import JSON, Store, digest
-from bitalloc.suites import SUITES, Head, Scored, Windows, divergence, downstream, intervals
+from bitalloc.store import Store, digest
+from bitalloc.suites import SUITES, Head, Memory, Scored, Windows, divergence, downstream, intervals, world
+from bitalloc.suites.scoring import compare, hidden, windows_place
+from bitalloc.suites.subsets import order
 from bitalloc.tables import EVALUATE, RESPONSES
 
-REFERENCE = "reference"
+REFERENCE, RERUN = "reference", "reference-rerun"
+_OF_WINDOWS = ("perplexity", "divergence", "protocols")  # suites that read the same tokens in one pass
+_SETTLED_S = 2.0  # seconds that a pass may take that measures the rate
 _LOSS = "nll_nats_per_token"  # its median over windows is told too
 # what follows from the mean of a metric, by which function
 _DERIVED = {
@@ -47,10 +54,17 @@ _DERIVED = {
 
 @dataclass(frozen=True)
 class Subject:
-    """A plan as the bench sees it: the identity of each weight that departs from the reference, and its source."""
+    """A plan as the bench sees it: the identity of each weight that departs from the reference, and its source.
+
+    `pool`: a random plan, which is asked fewer items. `batch`: windows a forward pass where they are not those of the
+    configuration. `wall_s`: seconds to compute each weight that is not kept in the store.
+    """
 
     weights: Mapping[str, str]
     matrix: Callable[[str], CompressedMatrix] | None = None
+    pool: bool = False
+    batch: int | None = None
+    wall_s: Mapping[str, float] = field(default_factory=dict)
 
 
 def evaluate(
@@ -68,51 +82,76 @@ def evaluate(
     suites: Sequence[str] | None = None,
     seed: int = 0,
     remote_code: bool = False,
+    pool: Collection[str] = (),
+    rerun: bool = False,
+    part: tuple[int, int] = (0, 1),
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(EVALUATE, RESPONSES) of the reference and of every plan: a PLAN frame, or the folder of its checkpoint.
 
-    `path` is the unquantised model, `suites` overrides `settings.suites`. Raises `BitallocError` for an unknown
-    suite, a plan that is not one of this model, and scores that are not finite.
+    `path` is the unquantised model, `suites` overrides `settings.suites`. Plans of the `pool` are asked the subset of
+    `settings.pool_points`. `rerun`: the reference a second time, in other batches. `part` (k, n): of the plans only
+    each n-th, from the k-th on; the estimate is of all. Raises `BitallocError` for an unknown suite, a plan that is not
+    one of this model, scores that are not finite, and an estimate above the ceiling.
     """
-    names = list(suites or settings.suites)
-    for name in names:
-        if name not in SUITES:
-            raise BitallocError(f"unknown suite {name!r} in evaluate.suites: {nearest(name, SUITES)}")
-    windows = Windows(tokens[tokens["split"] == split], batch=settings.batch, device=device, stride=settings.stride)
-    bench = Bench(
+    bench = open_bench(
         path=path,
         inventory=inventory,
         experiments=experiments,
-        windows=windows,
+        tokens=tokens,
         items=items,
-        suites=names,
-        remote_code=remote_code,
+        split=split,
         settings=settings,
         store=store,
+        device=device,
+        suites=suites,
         seed=seed,
+        remote_code=remote_code,
     )
-    progress = Progress("evaluate", len(plans) + 1, unit="plans")
+    first, parts = part
+    subjects = bench.subjects(plans, pool=pool, rerun=rerun)
+    mine = [REFERENCE, *([RERUN] if rerun and not first else []), *list(plans)[first::parts]]
+    works = {name: bench.works(subject) for name, subject in subjects.items()}
+    table = bench.cost(subjects, works)
+    if not first:
+        print(f"[evaluate] {len(subjects)} plans on {device.type}\n{cost.told(table)}", file=sys.stderr, flush=True)
+    points = settings.pool_points if any(subject.pool for subject in subjects.values()) else None
+    cost.check(table, ceiling_hours=settings.ceiling_hours, points=points)
+
+    progress = Progress("evaluate", sum(work.tokens for name in mine for work in works[name]), unit="tokens")
+    bench.expect({name: subjects[name] for name in mine})
     rows, statistics, protocols, chances = [], [], {}, {}
-    for name, plan in {REFERENCE: None, **plans}.items():
-        subject = bench.subject(name, plan)
-        key = digest({"stage": "evaluate", "bench": bench.fingerprint, "weights": dict(subject.weights)})
-        record = store.get(key)
-        cached = record is not None
-        if not cached:
-            record = bench.measure(name, subject)
-            store.put(key, record)
-        progress.advance(cached=cached, note=name)
-        rows.append(pd.DataFrame({"plan": name, **record["rows"]}))
-        statistics.append(pd.DataFrame(record["statistics"]).assign(plan=name))
-        protocols |= {(name, suite, task): protocol for suite, task, protocol in record["protocols"]}
-        chances |= {tuple(place): chance for *place, chance in record["chances"]}
+    for name in mine:
+        progress.note = name
+        record = bench.measure(name, subjects[name], works[name], progress)
+        rows.append(record["rows"].assign(plan=name))
+        statistics.append(record["statistics"].assign(plan=name))
+        protocols |= {(name, *place): protocol for place, protocol in record["protocols"].items()}
+        chances |= record["chances"]
     responses = pd.concat(rows, ignore_index=True)[[column.name for column in RESPONSES.columns]]
     whole = pd.concat(statistics, ignore_index=True)
     return summarise(responses, protocols, chances, whole, resamples=settings.resamples, seed=seed), responses
 
 
+def open_bench(
+    *,
+    tokens: pd.DataFrame,
+    split: str,
+    device: torch.device,
+    settings: config.Evaluate,
+    suites: Sequence[str] | None = None,
+    **given: Any,
+) -> Bench:
+    """The bench of these suites over the windows of `split`; arguments as those of `evaluate`."""
+    names = list(suites or settings.suites)
+    for name in names:
+        if name not in SUITES:
+            raise BitallocError(f"unknown suite {name!r} in evaluate.suites: {nearest(name, SUITES)}")
+    windows = Windows(tokens[tokens["split"] == split], batch=settings.batch, device=device, stride=settings.stride)
+    return Bench(windows=windows, suites=names, settings=settings, **given)
+
+
 class Bench:
-    """One model whose weights are exchanged in place, and what is scored on it."""
+    """One model whose weights are exchanged in place, and what is scored on it. It is loaded when it is needed."""
 
     def __init__(
         self,
@@ -134,17 +173,11 @@ class Bench:
         self.device, self.remote_code = windows.device, remote_code
         self.claimed = list(inventory.loc[inventory["claimed"], "layer"])
         self.tables = list(experiments.tables)
-        self._shards: dict[tuple[str, Option], str] = {}
+        self._shards: dict[tuple[str, Option], tuple[str, float]] = {}
         self.now: Mapping[str, str] = {}  # identities of the weights that the model has now
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Everything but the plan that a score depends on."""
-        settings = [self.windows.protocol, self.windows.budget, self.device.type, self.suites]
-        if "downstream" in self.suites:
-            settings += [downstream.fingerprint(self.settings.tasks), self.settings.batch, self.seed]
-        data = [checkpoints.source_identity(self.inventory), *map(_frame_digest, (self.windows.frame, self.items))]
-        return digest([source_digest("bitalloc.evaluate"), settings, data])
+        self._wanted: set[int] = set()  # windows that somebody will compare with the reference
+        self._reference: dict[int, torch.Tensor] = {}
+        self._others: dict[int, Windows] = {}
 
     @cached_property
     def model(self) -> Any:
@@ -163,42 +196,48 @@ class Bench:
         return self.head.fixed()
 
     @cached_property
-    def harness(self) -> downstream.Harness | None:
-        """The tasks of suite downstream, if there are any, their prompts made once for all plans."""
-        if not ("downstream" in self.suites and self.settings.tasks and self.store):
-            return None
-        settings, seed = self.settings, self.seed
-        return downstream.Harness(self.model, self.head, path=self.path, settings=settings, store=self.store, seed=seed)
+    def harness(self) -> downstream.Harness:
+        """The tasks of suite downstream, their prompts made once for all plans."""
+        return downstream.Harness(self.model, self.head, path=self.path, settings=self.settings, seed=self.seed)
 
-    @cached_property
-    def reference(self) -> list[torch.Tensor]:
-        """Final hidden states of the unquantised model, h_ND of every batch, in memory."""
-        self.put_on(Subject({}))
-        return [h_ND.cpu() for h_ND in self.windows.hidden(self.model)]
+    # ---- plans
+    def subjects(
+        self, plans: Mapping[str, pd.DataFrame | Path], *, pool: Collection[str] = (), rerun: bool = False
+    ) -> dict[str, Subject]:
+        """The reference, its rerun if asked for, and every plan."""
+        found = {REFERENCE: Subject({})}
+        if rerun:
+            found[RERUN] = Subject({}, batch=max(1, self.settings.batch // 2) if self.settings.batch > 1 else 2)
+        return found | {name: self.subject(name, plan, pool=name in pool) for name, plan in plans.items()}
 
-    def subject(self, name: str, plan: pd.DataFrame | Path | None) -> Subject:
+    def subject(self, name: str, plan: pd.DataFrame | Path, *, pool: bool = False) -> Subject:
         """What a plan does to the weights; raises `BitallocError` when it does not fit the model."""
-        if plan is None:
-            return Subject({})
         if isinstance(plan, Path):
             frame, matrix = checkpoints.load(plan, inventory=self.inventory)
             self._check(name, frame)
-            written = checkpoints.checkpoint_digest(plan)
-            return Subject({layer: f"{written} {layer}" for layer in frame["layer"]}, matrix)
+            written = [checkpoints.checkpoint_digest(plan), source_digest("bitalloc.formats.bitalloc")]
+            return Subject({layer: digest([*written, layer]) for layer in frame["layer"]}, matrix, pool)
         self._check(name, plan)
         options = {row["layer"]: from_row(row, self.experiments.sweep) for row in plan.to_dict("records")}
+        shards = {layer: self._shard(layer, option) for layer, option in options.items()}
         return Subject(
-            {layer: self._shard(layer, option) for layer, option in options.items()},
+            {layer: key for layer, (key, _) in shards.items()},
             lambda layer: self.experiments.matrix(layer, options[layer]),
+            pool,
+            wall_s={} if self.experiments.keep else {layer: wall_s for layer, (_, wall_s) in shards.items()},
         )
 
     def _check(self, name: str, plan: pd.DataFrame) -> None:
         if off := sorted(set(plan["layer"]).difference(self.tables) ^ set(self.claimed)):
             raise BitallocError(f"plan {name} is not one of this model: {off[0]} is missing or unknown; rerun allocate")
 
-    def _shard(self, layer: str, option: Option) -> str:
+    def _shard(self, layer: str, option: Option) -> tuple[str, float]:
         if (layer, option) not in self._shards:
-            self._shards[layer, option] = self.experiments.shard(layer, option)
+            if layer in self.tables:
+                self._shards[layer, option] = self.experiments.shard(layer, option), 0.0
+            else:
+                row = self.experiments.rows([layer], [option]).iloc[0]
+                self._shards[layer, option] = row["key"], row["wall_s"]
         return self._shards[layer, option]
 
     def put_on(self, subject: Subject) -> None:
@@ -214,47 +253,170 @@ class Bench:
             self.head.refresh()
         self.now = subject.weights
 
-    def measure(self, name: str, subject: Subject) -> JSON:
-        """Rows of RESPONSES and of EVALUATE (what tokens alone tell) without `plan`, column by column, and
-        (suite, task, protocol) triples.
+    # ---- what is to be read
+    def memory(self, subject: Subject, progress: Progress | None = None) -> Memory:
+        """What this plan has answered, in this run or another."""
+        code = source_digest("bitalloc.suites.world", "bitalloc.models", "bitalloc.quant")
+        weights = [checkpoints.source_identity(self.inventory), sorted(subject.weights.items())]
+        batch = [] if subject.batch is None else ["rerun", subject.batch]
+        return Memory(self.store, [code, self.device.type, digest(weights), *batch], progress)
+
+    def windows_of(self, subject: Subject) -> Windows:
+        """The windows, in the batches of this plan."""
+        if subject.batch is None:
+            return self.windows
+        if subject.batch not in self._others:
+            settings = {"batch": subject.batch, "device": self.device, "stride": self.settings.stride}
+            self._others[subject.batch] = Windows(self.windows.frame, **settings)
+        return self._others[subject.batch]
+
+    def limit(self, subject: Subject) -> int | None:
+        """Items of a task that a plan is asked at most."""
+        if not subject.pool or self.settings.pool_points is None:
+            return None
+        return cost.needed(self.settings.pool_points, self.settings.pool_discordant)
+
+    def items_of(self, subject: Subject) -> pd.DataFrame:
+        """The items of suite world that a plan is asked: each task's first `limit` of a drawn order."""
+        limit = self.limit(subject)
+        if limit is None or self.items.empty:
+            return self.items
+        parts = (
+            part.iloc[sorted(order(part["group"].tolist(), f"{self.seed} {task}")[:limit])]
+            for task, part in self.items.groupby("task", sort=False)
+        )
+        return pd.concat(parts).sort_index()
+
+    @property
+    def place(self) -> list[Any] | None:
+        """Where in the memory of a plan the scores of windows lie; None where no suite reads them."""
+        if not set(_OF_WINDOWS).intersection(self.suites):
+            return None
+        return windows_place(divergence="divergence" in self.suites)
+
+    def works(self, subject: Subject) -> list[Work]:
+        """What a plan has to read, and how much of it the store has."""
+        memory, found = self.memory(subject), []
+        if self.place:
+            known = memory.known(self.place)
+            sizes = [len(reading.tokens) for reading in self.windows.readings]
+            task = self.windows.frame["corpus"] + "/" + self.windows.frame.get("protocol", self.windows.frame["split"])
+            for name, places in task.groupby(task, sort=False).groups.items():
+                stored = sum(sizes[at] for at in places if self.windows.keys[at] in known)
+                found.append(Work("windows", str(name), len(places), sum(sizes[at] for at in places), stored))
+        if "world" in self.suites and not self.items.empty:
+            for name, part in self.items_of(subject).groupby("task", sort=False):
+                known, sizes = memory.known(world.place(str(name))), world.sizes(part)
+                stored = sum(size for size, key in zip(sizes, world.keys(part), strict=True) if key in known)
+                found.append(Work("world", str(name), len(part), sum(sizes), stored))
+        if "downstream" in self.suites:
+            found += self.harness.works(memory, self.limit(subject))
+        return found
+
+    def cost(self, subjects: Mapping[str, Subject], works: Mapping[str, list[Work]]) -> pd.DataFrame:
+        """COST of these plans, one after the other."""
+        told, before = [], Subject({})
+        for name, subject in subjects.items():
+            role = POOL if subject.pool else NAMED
+            told += [(role, work) for work in works[name]]
+            if any(work.stored < work.tokens for work in works[name]):
+                anew = [layer for layer in subject.wall_s if subject.weights[layer] != before.weights.get(layer)]
+                if anew:
+                    seconds = sum(subject.wall_s[layer] for layer in anew)
+                    told.append((role, Work("weights", "recomputed", len(anew), seconds=seconds)))
+                before = subject
+        rates = self.rates() if any(work.stored < work.tokens for _, work in told) else {}
+        return cost.estimate(told, rates)
+
+    @torch.inference_mode()
+    def rates(self) -> dict[bool, float]:
+        """Tokens a second that the model reads (False) and writes (True, one a pass), within seconds."""
+        self.put_on(Subject({}))
+        (one,), several = self.windows.some([0]), self.windows.batches[-1]
+
+        def seconds(work: Callable[[], torch.Tensor]) -> float:
+            start = time.perf_counter()
+            work().cpu()  # which waits for the device
+            return time.perf_counter() - start
+
+        def read(batch: Any) -> torch.Tensor:
+            h_ND = hidden(self.model, batch)
+            return compare(self.head, batch, h_ND, h_ND if "divergence" in self.suites else None)["nll"]
+
+        read(one)  # the first pass chooses its kernels
+        spent, batch = seconds(lambda: read(one)), one
+        if spent * len(several.tokens_BT) < _SETTLED_S:
+            spent, batch = seconds(lambda: read(several)), several
+        ids_B1 = several.tokens_BT[:, :1]
+        step = seconds(lambda: self.model.base_model(input_ids=ids_B1, use_cache=False).last_hidden_state)
+        return {False: batch.tokens_BT.numel() / spent, True: len(ids_B1) / step}
+
+    # ---- scoring
+    def expect(self, subjects: Mapping[str, Subject]) -> None:
+        """These plans will be scored: the windows that the store lacks are those that the reference is needed for."""
+        if "divergence" in self.suites and self.place:
+            for subject in subjects.values():
+                known = self.memory(subject).known(self.place)
+                self._wanted |= {at for at, key in enumerate(self.windows.keys) if key not in known}
+
+    def reference(self) -> dict[int, torch.Tensor]:
+        """Final hidden states of the unquantised model for each window that is wanted, in memory.
+
+        They are read in the batches of all windows, whichever are wanted: a run that was resumed has the same.
         """
-        reference, reference_head = (
-            (self.reference, self.reference_head) if "divergence" in self.suites else (None, None)
-        )
-        self.put_on(subject)
-        own = None if subject.weights else reference
-        identity = digest([checkpoints.source_identity(self.inventory), dict(subject.weights)])
+        if not self._wanted <= self._reference.keys():
+            self.put_on(Subject({}))
+            for batch in self.windows.batches:
+                with torch.inference_mode():
+                    if self._wanted.intersection(batch.owner_N.tolist()):
+                        self._reference |= batch.parted(hidden(self.model, batch).cpu())
+        return self._reference
+
+    def measure(
+        self, name: str, subject: Subject, works: Sequence[Work], progress: Progress | None = None
+    ) -> dict[str, Any]:
+        """`rows` of RESPONSES and `statistics` of EVALUATE (what tokens alone tell), without `plan`; `protocols` by
+        suite and task, `chances` by suite, task and metric.
+        """
+        windows, fresh = self.windows_of(subject), any(work.stored < work.tokens for work in works)
+        reference = None
+        if "divergence" in self.suites:
+            reference = self.reference() if any(w.suite == "windows" and w.stored < w.tokens for w in works) else {}
+        if fresh:
+            self.put_on(subject)
         scored = Scored(
-            self.model,
-            self.head,
-            self.windows,
-            self.items,
+            self.model if fresh else None,
+            self.head if fresh else None,
+            windows,
+            self.items_of(subject),
             reference,
-            own,
-            reference_head,
-            harness=self.harness,
-            identity=identity,
+            reference if windows is self.windows and not subject.weights else None,
+            self.reference_head if fresh else None,
+            harness=self.harness if "downstream" in self.suites else None,
+            memory=self.memory(subject, progress),
+            limit=self.limit(subject),
         )
-        frames, protocols = [], []
-        for suite in self.suites:
-            rows, by_task = SUITES[suite](scored)
-            frames.append(rows)
-            protocols += [[suite, task, protocol] for task, protocol in by_task.items()]
-        whole = pd.concat(frames)
-        if not np.isfinite(whole["value"]).all():
-            raise BitallocError(f"plan {name} makes the model's scores NaN or Inf; leave it out or rerun its sweep")
-        chances = []
+        frames, protocols = [], {}
+        try:
+            for suite in self.suites:
+                rows, by_task = SUITES[suite](scored)
+                frames.append(rows)
+                protocols |= {(suite, task): protocol for task, protocol in by_task.items()}
+        except FloatingPointError:
+            raise BitallocError(
+                f"plan {name} makes the model's scores NaN or Inf; leave it out or rerun its sweep"
+            ) from None
+        for work in works if subject.pool else ():
+            every = (self.items["task"] == work.task).sum() if work.suite == "world" else 0
+            if work.items < every:
+                protocols["world", work.task] += f"; {work.items} of {every} items, drawn by seed {self.seed}"
+        whole, chances = pd.concat(frames), {}
         if "chance" in whole:
             guessed = whole.dropna(subset="chance").groupby(["suite", "task", "metric"])["chance"].mean()
-            chances = [[*place, float(chance)] for place, chance in guessed.items()]
+            chances = {tuple(place): float(chance) for place, chance in guessed.items()}
             whole = whole.drop(columns="chance")
         told = divergence.statistics(scored) if "divergence" in self.suites else pd.DataFrame()
-        return {
-            "rows": _columns(whole),
-            "statistics": _columns(told),
-            "protocols": protocols,
-            "chances": chances,
-        }
+        return {"rows": whole, "statistics": told, "protocols": protocols, "chances": chances}
 
 
 def summarise(
@@ -304,16 +466,3 @@ def summarise(
     frame["chance"] = [chances.get(place, np.nan) for place in places]
     frame["status"] = ["floor" if place in floors else "ok" for place in places]
     return frame[[column.name for column in EVALUATE.columns]]
-
-
-def _columns(frame: pd.DataFrame) -> JSON:
-    return {column: frame[column].tolist() for column in frame}
-
-
-def _frame_digest(frame: pd.DataFrame) -> str:
-    plain = frame.astype(object).map(_plain)
-    return hashlib.sha256(plain.to_json(orient="split", index=False).encode()).hexdigest()
-
-
-def _plain(cell: Any) -> Any:
-    return [_plain(part) for part in cell] if isinstance(cell, list | tuple | np.ndarray) else cell

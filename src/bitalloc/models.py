@@ -12,16 +12,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from logging import getLogger
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from bitalloc.config import Model
 from bitalloc.errors import BitallocError
 from bitalloc.families import Family, family
 from bitalloc.store import Store
+
+if TYPE_CHECKING:  # scores depend on this module, and must outlive a new setting
+    from bitalloc.config import Model
 
 INDEX = "model.safetensors.index.json"
 PANEL = 512  # rows of H_II

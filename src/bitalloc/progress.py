@@ -26,6 +26,7 @@ class Progress:
     def __init__(self, stage: str, total: int, *, unit: str = "experiments", every_s: float = 5.0) -> None:
         self.stage, self.total, self.unit, self.every_s = stage, total, unit, every_s
         self.done = self.cached = 0
+        self.note = ""  # what is being done, where `advance` does not say
         self.start = self.said = time.monotonic()
 
     def advance(self, count: int = 1, *, cached: bool = False, note: str = "") -> None:
@@ -40,6 +41,8 @@ class Progress:
         elapsed, fresh = time.monotonic() - self.start, self.done - self.cached
         speed = "? left"
         if fresh:
-            speed = f"{fresh / max(elapsed, 1e-3):.2g}/s, {clock(elapsed / fresh * (self.total - self.done))} left"
-        tail = f", {note}" if note else ""
-        print(f"[{self.stage}] {self.done} of {self.total} {self.unit}, {speed}{tail}", file=sys.stderr, flush=True)
+            rate = fresh / max(elapsed, 1e-3)
+            told = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+            speed = f"{told}/s, {clock(elapsed / fresh * (self.total - self.done))} left"
+        tail = f", {note or self.note}" if note or self.note else ""
+        print(f"[{self.stage}] {self.done:,} of {self.total:,} {self.unit}, {speed}{tail}", file=sys.stderr, flush=True)

@@ -4,6 +4,8 @@ A shard is one finished piece of work (one experiment, one plan's evaluation): a
 there is any, a safetensors file beside it. It is written under a temporary name, flushed and renamed, the
 JSON last, so a shard either stands complete or not at all. The JSON carries a checksum of both; a shard
 that does not match (truncated, flipped, foreign) is treated as absent and computed again.
+
+A `Ledger` is a shard that grows: of work that has thousands of small results, one file instead of thousands.
 """
 
 from __future__ import annotations
@@ -157,6 +159,52 @@ class Store:
             yield
         finally:
             lock.release()
+
+
+class Ledger:
+    """Records of many items under one key: a line of JSON with its checksum for each batch that was finished.
+
+    A line is written at once and flushed, so a kill loses at most the batch that was being computed. Lines that do not
+    match their checksum (truncated, flipped) are dropped, which is said once, and their items are computed again.
+    """
+
+    def __init__(self, store: Store, key: str) -> None:
+        self.path = store.path(key, ".jsonl")
+        self.records: dict[str, JSON] = {}
+        try:
+            lines = self.path.read_bytes().splitlines()
+        except OSError:
+            return
+        sound = [line for line in lines if self._take(line)]
+        if len(sound) < len(lines):
+            lost = f"{len(lines) - len(sound)} of {len(lines)} batches in {self.path} are damaged"
+            print(f"[store] {lost}; their items are computed again", file=sys.stderr, flush=True)
+            write_atomically(self.path, b"".join(line + b"\n" for line in sound))
+
+    def _take(self, line: bytes) -> bool:
+        try:
+            batch = json.loads(line)
+            sound = batch["sha256"] == digest(batch["records"])
+        except (ValueError, KeyError, TypeError):
+            return False
+        if sound:
+            self.records |= batch["records"]
+        return sound
+
+    def add(self, records: Mapping[str, JSON]) -> None:
+        """Keep the records of a finished batch."""
+        line = canonical({"records": records, "sha256": digest(records)}).encode()
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # one write a line: others may do the same work; a line that a file system tears is told by its checksum
+            with self.path.open("ab", buffering=0) as file:
+                file.write(line + b"\n")
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise BitallocError(
+                f"cannot write {self.path}: {error.strerror}; free space or fix permissions, then rerun"
+            ) from None
+        self.records |= json.loads(line)["records"]  # what is used now is what will be read later
 
 
 class _Lock:

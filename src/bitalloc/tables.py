@@ -359,12 +359,28 @@ EXPORTS = Table(
         Column("nbytes", INT, "bytes on disk: weights, headers, index, adapter"),
     ),
 )
+COST = Table(
+    "cost",
+    "What the evaluation is estimated to cost: what it reads, at which rate. All but the counts are times.",
+    ("suite", "task", "role"),
+    (
+        Column("suite", STR, "windows (perplexity and divergence), world, downstream, or weights"),
+        Column("task", STR, "<corpus>/<split>, <corpus>/<protocol>, task, or recomputed: matrices that no shard keeps"),
+        Column("role", STR, "named, with the reference and its rerun, or pool: random plans"),
+        Column("plans", INT, "plans that are scored"),
+        Column("items", INT, "windows, items or matrices, over all of these plans"),
+        Column("tokens", INT, "tokens to be read, or written, for them"),
+        Column("stored_tokens", INT, "of these, found in the store"),
+        Column("rate_tokens_per_s", FLOAT, "measured on this device within seconds", nullable=True),
+        Column("hours", FLOAT, "of the device, for what is not in the store"),
+    ),
+)
 EVALUATE = Table(
     "evaluate",
     "Scores of every plan, long form. The plan `reference` is the unquantised model.",
     ("plan", "suite", "task", "metric"),
     (
-        Column("plan", STR, "name of the plan"),
+        Column("plan", STR, "name of the plan; reference-rerun: the unquantised model again, in other batches"),
         Column("suite", STR, "perplexity, divergence, world, protocols or downstream"),
         Column("task", STR, "<corpus>/<split>, <corpus>/<protocol>, or task"),
         Column(
@@ -382,7 +398,7 @@ EVALUATE = Table(
 )
 RESPONSES = Table(
     "responses",
-    "What stands behind EVALUATE, one row a window or an item: for paired tests.",
+    "What stands behind EVALUATE, one row a window or an item: for paired tests. Random plans may have fewer items.",
     ("plan", "suite", "task", "metric", "item"),
     (
         Column("plan", STR, "name of the plan"),
@@ -572,7 +588,7 @@ TABLES = {
     table.name: table
     for table in (
         INVENTORY, TOKENS, ITEMS, READINGS, MOMENTS, SWEEP, SENSITIVITY, EMBEDDINGS, LAW, RESIDUALS, COSTS, PLAN, PLANS,
-        CHECKPOINTS, EXPORTS, EVALUATE, RESPONSES, SAMPLES, OUTCOMES, HUMANEVAL, GATES, GOODHART, PHASE, CONTROLS,
+        CHECKPOINTS, EXPORTS, COST, EVALUATE, RESPONSES, SAMPLES, OUTCOMES, HUMANEVAL, GATES, GOODHART, PHASE, CONTROLS,
         SUCCESS, BACKENDS,
     )
 }  # fmt: skip

@@ -16,8 +16,8 @@ import torch
 from bitalloc import config
 from bitalloc import evaluate as stage
 from bitalloc.errors import BitallocError
-from bitalloc.store import Store
-from bitalloc.suites import Head, downstream
+from bitalloc.store import Ledger, Store
+from bitalloc.suites import Head, Memory, downstream
 from bitalloc.tables import EVALUATE, RESPONSES
 from tests.random_models import CONFIGS, CONTEXT, VOCABULARY, build
 from tests.small import CPU, OPTIONS, small, tokens
@@ -127,9 +127,9 @@ def tasks(forms: Path, **over: dict[str, Any]) -> dict[str, config.Task]:
     return {name: Task(**({"data": folders[name]} | over.get(name, {}))) for name in names}
 
 
-def harness(model: Any, path: Path, chosen: dict[str, config.Task], store: Path, **over: Any) -> downstream.Harness:
+def harness(model: Any, path: Path, chosen: dict[str, config.Task], **over: Any) -> downstream.Harness:
     settings = config.Evaluate(tasks=chosen, batch=4)
-    return downstream.Harness(model, Head(model), path=path, settings=settings, store=Store(store), **over)
+    return downstream.Harness(model, Head(model), path=path, settings=settings, **over)
 
 
 def hflm(model: Any, path: Path, batch: int = 4) -> Any:
@@ -224,7 +224,7 @@ def test_local_forms_give_the_requests_of_lm_evals_own_task(
         (task,) = manager.load({"group": "g", "task": [{"task": name, **hub, **kwargs}]})["tasks"].values()
         task.set_fewshot_seed(1234)
         task.build_all_requests()
-    (part,) = harness(model, path, {name: tasks(forms)[name]}, tmp_path / "store").parts
+    (part,) = harness(model, path, {name: tasks(forms)[name]}).parts
     assert [(i.doc_id, i.idx, i.arguments) for i in part.task.instances] == [
         (i.doc_id, i.idx, i.arguments) for i in task.instances
     ]
@@ -242,8 +242,8 @@ def test_metrics_are_those_of_simple_evaluate(
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)  # runs pip for ten seconds
     others = {name: Task(data=str(forms / name)) for name in ("arc_easy", "winogrande", "lambada_openai")}
     chosen = tasks(forms, mmlu_anatomy={"limit": 4}, gsm8k={"limit": 4, "fewshot": 2}) | others
-    ours = harness(model, path, chosen, tmp_path, seed=3)
-    rows, protocols = ours("weights", ours.lm.head)
+    ours = harness(model, path, chosen, seed=3)
+    rows, protocols = ours(Memory(), ours.lm.head)
     frame = stage.summarise(
         rows.assign(plan="reference"), {("reference", "downstream", t): p for t, p in protocols.items()}, {},
         resamples=50, seed=0,
@@ -283,8 +283,8 @@ def test_subjects_make_up_mmlu_and_its_error_is_lm_evals(model: Any, path: Path,
         for subject in (LM_EVAL / "mmlu/default").glob("mmlu_*.yaml"):
             lines = [f"what {rng.randrange(99)},a,b,c,d,{rng.choice('ABCD')}\n" for _ in range(count)]
             (tmp_path / split / f"{subject.stem.removeprefix('mmlu_')}_{split}.csv").write_text("".join(lines))
-    ours = harness(model, path, {"mmlu": Task(data=str(tmp_path), limit=3)}, tmp_path / "store")
-    rows, protocols = ours("weights", ours.lm.head)
+    ours = harness(model, path, {"mmlu": Task(data=str(tmp_path), limit=3)})
+    rows, protocols = ours(Memory(), ours.lm.head)
     whole, parts = rows[rows["task"] == "mmlu"], rows[rows["task"] != "mmlu"]
     assert (parts["task"].nunique(), len(parts), len(whole)) == (57, 171, 171)
     assert whole["item"].tolist() == list(range(171))
@@ -316,35 +316,54 @@ def test_a_run_that_broke_off_computes_nothing_twice(  # noqa: PLR0917
     forms: Path, model: Any, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: list[int]
 ) -> None:
     monkeypatch.setattr(downstream, "SHARD", 4)
-    chosen = tasks(forms, mmlu_anatomy={"limit": 8})
-    whole = harness(model, path, chosen, tmp_path / "whole")
-    expected = whole("weights", whole.lm.head)
-    undisturbed, put, kept = list(asked), Store.put, []
+    ours = harness(model, path, tasks(forms, mmlu_anatomy={"limit": 8}))
+    expected = ours(Memory(), ours.lm.head)
+    undisturbed, add, kept = list(asked), Ledger.add, []
 
-    def breaking(store: Store, key: str, record: Any) -> None:
-        put(store, key, record)
-        kept.append(key)
+    def breaking(ledger: Ledger, records: Any) -> None:
+        add(ledger, records)
+        kept.append(len(records))
         if len(kept) == 4:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Store, "put", breaking)
+    monkeypatch.setattr(Ledger, "add", breaking)
     asked.clear()
     with pytest.raises(KeyboardInterrupt):
-        harness(model, path, chosen, tmp_path / "broken")("weights", whole.lm.head)
-    resumed = harness(model, path, chosen, tmp_path / "broken")("weights", whole.lm.head)
+        ours(Memory(Store(tmp_path), "weights"), ours.lm.head)
+    resumed = ours(Memory(Store(tmp_path), "weights"), ours.lm.head)
     assert asked == undisturbed
     pd.testing.assert_frame_equal(resumed[0], expected[0])
     assert resumed[1] == expected[1]
+    assert len(list(tmp_path.rglob("*.jsonl"))) == len(ours.parts)
     asked.clear()
-    harness(model, path, chosen, tmp_path / "broken")("other weights", whole.lm.head)
+    ours(Memory(Store(tmp_path), "other weights"), ours.lm.head)
     assert asked == undisturbed  # answers belong to the weights that gave them
+
+
+def test_a_subset_is_spread_over_subjects_and_what_is_added_to_it_is_all_that_is_asked(
+    forms: Path, model: Any, path: Path, tmp_path: Path, asked: list[int]
+) -> None:
+    names = ("piqa", "hellaswag")
+    ours = harness(model, path, {name: tasks(forms)[name] for name in names})
+    memory = Memory(Store(tmp_path), "weights")
+    few, protocols = ours(memory, ours.lm.head, 3)
+    assert few.drop_duplicates(["task", "item"]).groupby("task").size().to_dict() == dict.fromkeys(names, 3)
+    assert protocols["piqa"].endswith("3 items (drawn by seed 0)")
+    assert [(w.task, w.items, w.stored == w.tokens) for w in ours.works(memory, 3)] == [
+        ("piqa", 3, True), ("hellaswag", 3, True)
+    ]  # fmt: skip
+    asked.clear()
+    more, _ = ours(memory, ours.lm.head, 5)
+    assert asked == [2 * 2, 2 * 4]  # two items of two and of four choices
+    both = more.merge(few, on=["task", "item", "metric"], suffixes=("", "_few"))
+    assert len(both) == len(few) and (both["value"] == both["value_few"]).all()
 
 
 def test_an_item_that_fails_is_left_out_and_the_rest_goes_on(  # noqa: PLR0917
     forms: Path, model: Any, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    ours = harness(model, path, tasks(forms), tmp_path / "a")
-    expected, _ = ours("weights", ours.lm.head)
+    ours = harness(model, path, tasks(forms))
+    expected, _ = ours(Memory(), ours.lm.head)
     score = downstream.language_model()._loglikelihood_tokens
     broken = ours.parts[2].task.instances[4].arguments[0]  # third item of piqa
 
@@ -354,8 +373,8 @@ def test_an_item_that_fails_is_left_out_and_the_rest_goes_on(  # noqa: PLR0917
         return score(lm, requests, **rest)
 
     monkeypatch.setattr(downstream.language_model(), "_loglikelihood_tokens", failing)
-    other = harness(model, path, tasks(forms), tmp_path / "b")
-    rows, protocols = other("weights", other.lm.head)
+    other = harness(model, path, tasks(forms))
+    rows, protocols = other(Memory(), other.lm.head)
     assert "task piqa: item 2 left out (RuntimeError: out of memory)\n" in capsys.readouterr().err
     assert "; 11 items, 1 missing (all)" in protocols["piqa"]
     kept = expected[~((expected["task"] == "piqa") & (expected["item"] == 2))]
@@ -367,21 +386,21 @@ def test_an_answer_that_takes_too_long_is_missing(  # noqa: PLR0917
     forms: Path, model: Any, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     only = {"gsm8k": tasks(forms)["gsm8k"].model_copy(update={"limit": 2})}
-    ours = harness(model, path, only, tmp_path)
+    ours = harness(model, path, only)
     now = iter(range(0, 10**9, 1000))
     monkeypatch.setattr(downstream.time, "monotonic", lambda: next(now))
     with pytest.raises(BitallocError, match=r"task gsm8k: every item failed \(TimeoutError: no answer within 600 s\)"):
-        ours("weights", ours.lm.head)
+        ours(Memory(), ours.lm.head)
     assert capsys.readouterr().err.count("left out") == 2
 
 
 def test_answers_that_are_not_finite_stop(
     forms: Path, model: Any, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ours = harness(model, path, {"piqa": tasks(forms)["piqa"]}, tmp_path)
+    ours = harness(model, path, {"piqa": tasks(forms)["piqa"]})
     monkeypatch.setattr(downstream, "loglikelihoods", lambda m, h, pairs, **_: [(float("nan"), False)] * len(pairs))
     with pytest.raises(BitallocError, match=r"every item failed \(ValueError: a log-likelihood is NaN or Inf\)"):
-        ours("weights", ours.lm.head)
+        ours(Memory(), ours.lm.head)
 
 
 BAD = [
@@ -405,7 +424,7 @@ def test_data_of_the_wrong_shape_is_one_line(
         copyfile(each, tmp_path / each.relative_to(source))
     (tmp_path / file).write_text(text)
     with pytest.raises(BitallocError, match=message) as caught:
-        harness(model, path, {name: Task(data=str(tmp_path))}, tmp_path / "store")
+        harness(model, path, {name: Task(data=str(tmp_path))})
     assert "\n" not in str(caught.value)
 
 
@@ -416,7 +435,7 @@ def test_what_cannot_be_had_is_one_line(
 
     def refused(**chosen: config.Task) -> str:
         with pytest.raises(BitallocError) as caught:
-            harness(model, path, chosen, tmp_path)
+            harness(model, path, chosen)
         return str(caught.value)
 
     assert "unknown task 'hellaswagg' in evaluate.tasks: did you mean 'hellaswag'?" in refused(hellaswagg=Task())
@@ -450,9 +469,9 @@ def test_prompts_go_through_the_chat_template(forms: Path, model: Any, path: Pat
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<me>{% endif %}"
     )
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": turns}))
-    ours = harness(model, tmp_path, {"piqa": tasks(forms, piqa={"chat": True})["piqa"]}, tmp_path / "store")
+    ours = harness(model, tmp_path, {"piqa": tasks(forms, piqa={"chat": True})["piqa"]})
     assert all(i.arguments[0].startswith("<user>Question: ") for i in ours.parts[0].task.instances)
-    assert "chat template" in ours("weights", ours.lm.head)[1]["piqa"]
+    assert "chat template" in ours(Memory(), ours.lm.head)[1]["piqa"]
 
 
 def test_a_tokenizer_that_cannot_pad_is_one_line(forms: Path, model: Any, path: Path, tmp_path: Path) -> None:
@@ -460,7 +479,7 @@ def test_a_tokenizer_that_cannot_pad_is_one_line(forms: Path, model: Any, path: 
     copyfile(path / "tokenizer.json", tmp_path / "tokenizer.json")
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "TokenizersBackend"}')
     with pytest.raises(BitallocError, match="has neither a pad nor an eos token, which batches need; name one in"):
-        harness(model, tmp_path, tasks(forms), tmp_path / "store")
+        harness(model, tmp_path, tasks(forms))
 
 
 # ---- the stage

@@ -38,7 +38,7 @@ def frame(windows: int = 3, length: int = 20, seed: int = 0) -> pd.DataFrame:
 
 
 def scored(model: Any, reference: Any, windows: Windows) -> Scored:
-    return Scored(model, Head(model), windows, NO_ITEMS, windows.hidden(reference))
+    return Scored(model, Head(model), windows, NO_ITEMS, windows.parted(windows.hidden(reference)))
 
 
 def spoilt(family: str) -> Any:

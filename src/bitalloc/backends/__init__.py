@@ -93,7 +93,9 @@ def measure(
         "load_s": load_s,
         "tokens_per_s": runnable.speed(windows) if runnable.speed else speed,
     }
-    scored = Scored(model, own_head, windows, pd.DataFrame(), expected, own, reference_head=head)
+    scored = Scored(
+        model, own_head, windows, pd.DataFrame(), windows.parted(expected), windows.parted(own), reference_head=head
+    )
     return _frame([shared | found for found in _scores(scored, resamples=settings.resamples, seed=seed)])
 
 

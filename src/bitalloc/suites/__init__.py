@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from bitalloc.suites import divergence, downstream, perplexity, protocols, world
-from bitalloc.suites.scoring import Head, Responses, Scored, Windows, spread
+from bitalloc.suites.scoring import Head, Memory, Responses, Scored, Windows, spread
 
 Suite = Callable[[Scored], Responses]
 
@@ -17,4 +17,4 @@ SUITES: dict[str, Suite] = {
     "downstream": downstream.responses,
 }
 
-__all__ = ["SUITES", "Head", "Responses", "Scored", "Suite", "Windows", "spread"]
+__all__ = ["SUITES", "Head", "Memory", "Responses", "Scored", "Suite", "Windows", "spread"]

@@ -19,14 +19,14 @@ import itertools
 import json
 import logging
 import math
-import random
+import os
 import re
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any
@@ -38,11 +38,13 @@ import pyarrow.parquet as pq
 import torch
 
 from bitalloc import config
+from bitalloc.cost import Work
 from bitalloc.errors import BitallocError, nearest
 from bitalloc.progress import Progress
 from bitalloc.provenance import source_digest
-from bitalloc.store import Store, digest, file_digest
-from bitalloc.suites.scoring import Batch, Head, Reading, Responses, Scored, compare, total
+from bitalloc.store import JSON, digest
+from bitalloc.suites.scoring import Batch, Head, Memory, Reading, Responses, Scored, compare, total
+from bitalloc.suites.subsets import order
 
 FEWSHOT = {"mmlu": 5}  # examples that are customary where lm-eval's definition has none
 FOLDERS = {
@@ -56,7 +58,8 @@ FOLDERS = {
     "lambada_openai": "lambada",
     "lambada_standard": "lambada",
 }
-SHARD = 64  # items
+SHARD = 64  # items whose answers are kept at once
+SAMPLED = 16  # items of a task whose tokens are counted, for the estimate
 SHARED = 16  # tokens that prompts must have in common before these are computed apart
 WORTH = 128  # tokens that a pass over what prompts have in common must save
 SLACK = 8  # tokens that a stem may be computed again for each continuation, so that stems of other lengths join a batch
@@ -72,19 +75,7 @@ def responses(scored: Scored) -> Responses:
     A subject is a task; all subjects together are the task `mmlu`, resampled by subject. Items that failed are
     left out and counted in the protocol.
     """
-    return scored.harness(scored.identity, scored.head)
-
-
-def fingerprint(tasks: Mapping[str, config.Task]) -> list[Any]:
-    """What answers depend on besides the model: settings, lm-eval's version, the content of local data."""
-    if not tasks:
-        raise BitallocError("suite downstream has no tasks: set evaluate.tasks, or take it out of evaluate.suites")
-    found = []
-    for name, task in tasks.items():
-        source = local(name, task)
-        files = sorted(path for path in source.rglob("*") if path.is_file()) if source and source.is_dir() else [source]
-        found.append([name, task.model_dump(), [file_digest(file) for file in files if file]])
-    return [version(), found]
+    return scored.harness(scored.memory, scored.head, scored.limit)
 
 
 def version() -> str:
@@ -307,13 +298,24 @@ def _dataset(splits: Mapping[str, Rows], **_: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Part:
-    """One task of lm-eval with its prompts; `ids` are the items drawn, `parent` the name in the configuration."""
+    """One task of lm-eval with its prompts; `ids` are the items drawn, `parent` the name in the configuration.
+
+    `items` are the requests of each of them, `keys` their content; for one the model reads, or writes, about `tokens`.
+    """
 
     parent: str
     name: str
     task: Any
     ids: list[int]
     settings: config.Task
+    items: list[list[Any]]
+    keys: list[str]
+    tokens: int = 0
+
+    @property
+    def writes(self) -> bool:
+        """The answers are generated."""
+        return self.items[0][0].request_type == "generate_until"
 
 
 # ---- scoring -----------------------------------------------------------------------------------------
@@ -486,11 +488,11 @@ def language_model() -> Any:
 class Harness:
     """Prompts of all tasks, made once, and a model, whatever weights it has, that answers them."""
 
-    def __init__(
-        self, model: Any, head: Head, *, path: Path, settings: config.Evaluate, store: Store, seed: int = 0
-    ) -> None:
+    def __init__(self, model: Any, head: Head, *, path: Path, settings: config.Evaluate, seed: int = 0) -> None:
         """`path`: the folder of the model, for its tokenizer."""
-        tasks, self.store, self.seed = load(settings.tasks), store, seed
+        if not settings.tasks:
+            raise BitallocError("suite downstream has no tasks: set evaluate.tasks, or take it out of evaluate.suites")
+        tasks, self.seed = load(settings.tasks), seed
         self.tokenizer = _tokenizer(path)
         with _quiet():
             self.lm = language_model()(head=head, pretrained=model, tokenizer=self.tokenizer, batch_size=settings.batch)
@@ -504,7 +506,7 @@ class Harness:
             version(),
             hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
             {name: str(token) for name, token in self.tokenizer.special_tokens_map.items()},
-            [self.lm.max_length, settings.batch, model.device.type],
+            self.lm.max_length,
         ]
 
     def _part(self, parent: str, task: Any, settings: config.Task) -> Part:
@@ -516,7 +518,7 @@ class Harness:
         try:
             with _quiet():
                 count = len(task.eval_docs)
-            ids = sorted(random.Random(f"{self.seed} {name}").sample(range(count), min(settings.limit or count, count)))
+            ids = sorted(order([name] * count, str(self.seed))[: settings.limit or count])
             chat = {"chat_template": self.lm.apply_chat_template, "tokenizer_name": self.lm.tokenizer_name}
             with _quiet():
                 task.build_all_requests(
@@ -533,62 +535,105 @@ class Harness:
                 f"task {name}: answers of {self.lm.longest_answer(first)} tokens, but the model takes "
                 f"{self.lm.max_length} in all; take it out of evaluate.tasks"
             )
-        return Part(parent, name, task, ids, settings)
+        items = [list(group) for _, group in itertools.groupby(task.instances, lambda each: each.doc_id)]
+        work = {"task": name, "timeout_s": settings.timeout_s}
+        keys = [digest({**work, "requests": [request.arguments for request in item]}) for item in items]
+        part = Part(parent, name, task, ids, settings, items, keys)
+        return replace(part, tokens=self._tokens(part))
 
-    def __call__(self, identity: str, head: Head) -> Responses:
-        """Rows of RESPONSES without `plan`, with `chance`, and task -> protocol, for the weights of `identity`."""
+    def _tokens(self, part: Part) -> int:
+        """Tokens of one item, the mean of some: contexts without what they have in common, continuations, answers."""
+        items = part.items[:: -(-len(part.items) // SAMPLED)]
+        contexts = [{request.args[0] for request in item} for item in items]
+        if part.writes:
+            longest = sum(self.lm.longest_answer(item[0]) for item in items)
+            return math.ceil(longest / len(items))
+        whole = [text for several in contexts for text in several]
+        alike = os.path.commonprefix(whole) if len(whole) > 1 else ""  # noqa: RUF071 - of texts, not of paths
+        shared = len(self.lm.tok_encode(alike))
+        shared = shared if shared >= SHARED else 0
+        read = sum(min(len(self.lm.tok_encode(text)), self.lm.max_length) - shared for text in whole)
+        read += sum(len(self.lm.tok_encode(str(request.args[1]))) for item in items for request in item)
+        return max(1, math.ceil(read / len(items)))
+
+    def chosen(self, limit: int | None) -> dict[str, list[int]]:
+        """Part -> places of the items that are asked, in order: of each task the first `limit` of `subsets.order`."""
+        found: dict[str, list[int]] = {}
+        for _, group in itertools.groupby(self.parts, lambda part: part.parent):
+            parts = list(group)
+            every = [(part.name, item) for part in parts for item in range(len(part.items))]
+            found |= {part.name: [] for part in parts}
+            for place in sorted(order([name for name, _ in every], str(self.seed))[:limit]):
+                name, item = every[place]
+                found[name].append(item)
+        return found
+
+    def place(self, part: Part) -> list[Any]:
+        """Where in the memory of a plan the answers to a task lie."""
+        return ["downstream", part.parent, self.identity]
+
+    def works(self, memory: Memory, limit: int | None) -> list[Work]:
+        """What a plan has to answer, and how much of it it has."""
+        chosen, found = self.chosen(limit), []
+        for parent, group in itertools.groupby(self.parts, lambda part: part.parent):
+            parts = list(group)
+            known = memory.known(self.place(parts[0]))
+            asked = [(part, part.keys[item] in known) for part in parts for item in chosen[part.name]]
+            tokens, stored = sum(part.tokens for part, _ in asked), sum(part.tokens for part, there in asked if there)
+            found.append(Work("downstream", parent, len(asked), tokens, stored, parts[0].writes))
+        return found
+
+    def __call__(self, memory: Memory, head: Head, limit: int | None = None) -> Responses:
+        """Rows of RESPONSES without `plan`, with `chance`, and task -> protocol; of each task `limit` items at most."""
         self.lm.head = head
-        progress = Progress("downstream", sum(len(part.ids) for part in self.parts), unit="items")
         rows: Rows = []
         protocols: dict[str, str] = {}
-        whole: dict[str, list[dict[str, Any]]] = defaultdict(list)
-        for part in self.parts:
-            items = [list(group) for _, group in itertools.groupby(part.task.instances, lambda each: each.doc_id)]
-            answers = list(self._answers(part, items, identity, progress))
+        whole: dict[str, list[JSON]] = defaultdict(list)
+        chosen = self.chosen(limit)
+        first = 0  # place of a subject's first item in the whole
+        for part, before in zip(self.parts, [None, *self.parts], strict=False):
+            first = first + len(before.items) if before and before.parent == part.parent else 0
+            if not chosen[part.name]:
+                continue
+            answers = self._answers(part, chosen[part.name], memory)
             if all("failed" in answer for answer in answers):
                 raise BitallocError(f"task {part.name}: every item failed ({answers[0]['failed']})")
             whole[part.parent] += answers
-            mine = _judge(part, items, answers)
+            mine = _judge(part, [part.items[item] for item in chosen[part.name]], answers)
             rows += mine
-            protocols[part.name] = self._protocol(part, answers)
+            protocols[part.name] = self._protocol(part, answers, len(part.items))
             if part.name != part.parent:
-                first = len(whole[part.parent]) - len(answers)
                 place = dict(zip(part.ids, itertools.count(first), strict=False))
                 rows += [row | {"task": part.parent, "item": place[row["item"]]} for row in mine]
-                protocols[part.parent] = self._protocol(part, whole[part.parent])
+                several = sum(len(each.items) for each in self.parts if each.parent == part.parent)
+                protocols[part.parent] = self._protocol(part, whole[part.parent], several)
         return pd.DataFrame(rows), protocols
 
-    def _protocol(self, part: Part, answers: Sequence[Mapping[str, Any]]) -> str:
+    def _protocol(self, part: Part, answers: Sequence[JSON], several: int) -> str:
         task = part.task
         counts = {
             "items": len(answers),
             "with a prompt cut on the left": sum(answer.get("truncated", False) for answer in answers),
             "missing": sum("failed" in answer for answer in answers),
         }
-        drawn = f"drawn by seed {self.seed}" if part.settings.limit else "all"
+        drawn = f"drawn by seed {self.seed}" if part.settings.limit or len(answers) < several else "all"
         shots = f"{task.get_config('num_fewshot') or 0}-shot{', chat template' if part.settings.chat else ''}"
         data = "local data" if local(part.parent, part.settings) else f"{task.DATASET_PATH} on the hub"
         told = ", ".join(f"{count} {what}" for what, count in counts.items() if count or what == "items")
         return f"{version()}, version {task.VERSION}; {shots}; {data}; {told} ({drawn})"
 
-    def _answers(
-        self, part: Part, items: list[list[Any]], identity: str, progress: Progress
-    ) -> Iterator[Mapping[str, Any]]:
-        """What the model answers to each item, batch by batch, from the store where it is there."""
-        size = SHARD if items[0][0].request_type == "loglikelihood" else self.lm.batch_size
+    def _answers(self, part: Part, chosen: list[int], memory: Memory) -> list[JSON]:
+        """What the model answers to each item, from the memory where it is there."""
+        size = self.lm.batch_size if part.writes else SHARD
         self.lm.timeout_s = part.settings.timeout_s
-        for start in range(0, len(items), size):
-            batch = items[start : start + size]
-            asked = [[request.arguments for request in item] for item in batch]
-            work = {"task": part.name, "timeout_s": part.settings.timeout_s, "requests": asked}
-            key = digest({"stage": "downstream", "weights": identity, "harness": self.identity, **work})
-            record = self.store.get(key)
-            cached = record is not None
-            if record is None:
-                record = {"items": self._ask(part, batch)}
-                self.store.put(key, record)
-            progress.advance(len(batch), cached=cached, note=part.name)
-            yield from record["items"]
+
+        def score(missing: list[int]) -> Iterator[dict[int, JSON]]:
+            for start in range(0, len(missing), size):
+                some = missing[start : start + size]
+                yield dict(zip(some, self._ask(part, [part.items[chosen[each]] for each in some]), strict=True))
+
+        keys = [part.keys[item] for item in chosen]
+        return memory.recall(self.place(part), keys, [part.tokens] * len(keys), score)
 
     def _ask(self, part: Part, items: list[list[Any]]) -> list[dict[str, Any]]:
         """The answers to each item; where a batch fails, its items one by one, and those that fail again are told."""
@@ -613,7 +658,7 @@ class Harness:
         return found
 
 
-def _judge(part: Part, items: list[list[Any]], answers: Sequence[Mapping[str, Any]]) -> Rows:
+def _judge(part: Part, items: list[list[Any]], answers: Sequence[JSON]) -> Rows:
     """The metrics of each item that was answered, by lm-eval's own filters and definitions."""
     task, rows, means = part.task, [], _means(part.task)
     answered = [(item, answer["answers"]) for item, answer in zip(items, answers, strict=True) if "answers" in answer]

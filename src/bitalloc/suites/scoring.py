@@ -9,8 +9,10 @@ Legend: B sequences of a batch, T tokens of a sequence, D hidden width, V vocabu
 
 from __future__ import annotations
 
+import base64
 import copy
-from collections.abc import Iterable, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -21,6 +23,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from bitalloc.errors import BitallocError
+from bitalloc.progress import Progress
+from bitalloc.store import JSON, Ledger, Store, digest
 
 CHUNK = 2**23  # entries of [N, V] that are in memory at once
 
@@ -46,6 +50,11 @@ class Batch:
     flat_N: torch.Tensor  # scored positions, as indices into [B T]
     target_N: torch.Tensor
     owner_N: torch.Tensor
+
+    def parted(self, x_N: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
+        """(owner, what belongs to its tokens), where each owner has one reading of its own."""
+        owners, counts = torch.unique_consecutive(self.owner_N.cpu(), return_counts=True)
+        return list(zip(owners.tolist(), x_N.split(counts.tolist()), strict=True))
 
 
 def batches(readings: list[Reading], *, tokens: int, device: torch.device) -> list[Batch]:
@@ -165,12 +174,24 @@ class Windows:
         self.longest = max(map(len, frame["tokens"]))
         self.stride = min(stride or self.longest, self.longest)
         scored = frame["scored"] if "scored" in frame else [self.stride] * len(frame)
-        readings = [
+        self.readings = [
             _last(np.asarray(tokens).tolist(), count, owner)
             for owner, (tokens, count) in enumerate(zip(frame["tokens"], scored, strict=True))
         ]
         self.device, self.budget = device, batch * self.longest  # tokens a forward pass
-        self.batches = batches(readings, tokens=self.budget, device=device)
+        self.batches = self.some(range(len(self.readings)))
+
+    def some(self, places: Iterable[int]) -> list[Batch]:
+        """Batches of these windows."""
+        return batches([self.readings[place] for place in places], tokens=self.budget, device=self.device)
+
+    @cached_property
+    def keys(self) -> list[str]:
+        """What each window is, by content: its tokens, and how many of them are scored."""
+        return [
+            hashlib.sha256(np.array([len(each.targets), *each.tokens, each.targets[-1]]).tobytes()).hexdigest()
+            for each in self.readings
+        ]
 
     @property
     def whole(self) -> bool:
@@ -187,6 +208,10 @@ class Windows:
     def hidden(self, model: Any) -> list[torch.Tensor]:
         """h_ND of every batch."""
         return [hidden(model, batch) for batch in self.batches]
+
+    def parted(self, hidden: Iterable[torch.Tensor]) -> dict[int, torch.Tensor]:
+        """Window -> h_ND, from those of all batches."""
+        return dict(pair for batch, h_ND in zip(self.batches, hidden, strict=True) for pair in batch.parted(h_ND))
 
     def scores(
         self,
@@ -240,6 +265,12 @@ def spread(tokens: pd.DataFrame, count: int, split: str = "calibrate") -> pd.Dat
     return whole.iloc[places].reset_index(drop=True)
 
 
+def check_finite(nll_N: torch.Tensor) -> None:
+    """Raise `FloatingPointError` before what is NaN or Inf is kept: the next run might be luckier."""
+    if not torch.isfinite(nll_N).all():
+        raise FloatingPointError("scores are NaN or Inf")
+
+
 def total(score_N: torch.Tensor, owner_N: torch.Tensor, owners: int) -> np.ndarray:
     """Sum of the scores of each owner, in float64."""
     return np.bincount(owner_N.cpu().numpy(), score_N.double().cpu().numpy(), minlength=owners)
@@ -252,35 +283,120 @@ def _last(tokens: list[int], count: int, owner: int) -> Reading:
     return Reading(tokens[:-1], list(range(first - 1, len(tokens) - 1)), targets, [owner] * len(targets))
 
 
+Sizes = Sequence[int]  # tokens that the model reads for each item
+
+
+class Memory:
+    """What one state of the model has answered: read from the store where it stands there, else scored and kept.
+
+    Every suite keeps its answers so, one `Ledger` for each plan and task, one record for each item, addressed by
+    content: weights, item, settings and code. So a run that was killed goes on after the last batch, and plans, windows
+    and items that are new are the only ones that are scored. An answer that is found was read in the batch of its time:
+    next to other items its last digits might differ.
+    """
+
+    def __init__(self, store: Store | None = None, identity: Any = None, progress: Progress | None = None) -> None:
+        """`identity`: all that an answer depends on but item and suite. Without a store nothing is kept."""
+        self.store, self.identity, self.progress = store, identity, progress
+
+    def known(self, place: Any) -> dict[str, JSON]:
+        return self._ledger(place).records if self.store else {}
+
+    def _ledger(self, place: Any) -> Ledger:
+        assert self.store is not None
+        return Ledger(self.store, digest({"stage": "evaluate", "identity": self.identity, "place": place}))
+
+    def recall(
+        self,
+        place: Any,
+        keys: Sequence[str],
+        sizes: Sizes,
+        score: Callable[[list[int]], Iterator[dict[int, JSON]]],
+    ) -> list[JSON]:
+        """The record of each item of `keys`; `score` yields those of the missing ones, batch by batch."""
+        ledger = self._ledger(place) if self.store else None
+        records = ledger.records if ledger else {}
+        missing = [item for item, key in enumerate(keys) if key not in records]
+        found = sum(sizes) - sum(sizes[item] for item in missing)
+        if self.progress and found:
+            self.progress.advance(found, cached=True)
+        for batch in score(missing) if missing else ():
+            fresh = {keys[item]: record for item, record in batch.items()}
+            if ledger:
+                ledger.add(fresh)
+            else:
+                records |= fresh
+            if self.progress:
+                self.progress.advance(sum(sizes[item] for item in batch))
+        return [records[key] for key in keys]
+
+
 @dataclass
 class Scored:
     """A model in one state, and what the suites read with it.
 
-    `reference` are the cached hidden states of the unquantised model over `windows`, `reference_head` its head where
-    plans have others; `own` are the hidden states of this model, where they are known already. `harness`
-    are the tasks of suite downstream, `identity` says which weights the model has.
+    `reference` are the cached hidden states of the unquantised model, window by window (`Windows.parted`),
+    `reference_head` its head where plans have others; `own` are the hidden states of this model, where they are known
+    already. `harness` are the tasks of suite downstream, `limit` how many items of each of them are asked;
+    `memory` holds what this state has answered before.
     """
 
     model: Any
     head: Head
     windows: Windows
     items: pd.DataFrame
-    reference: Sequence[torch.Tensor] | None = None
-    own: Sequence[torch.Tensor] | None = None
+    reference: Mapping[int, torch.Tensor] | None = None
+    own: Mapping[int, torch.Tensor] | None = None
     reference_head: Head | None = None
     harness: Any = None
-    identity: str = ""
+    memory: Memory = field(default_factory=Memory)
+    limit: int | None = None
 
     @cached_property
     def tokens(self) -> pd.DataFrame:
-        """Scores of every token: one forward pass, shared by the suites."""
-        own = self.own or (hidden(self.model, batch) for batch in self.windows.batches)
-        return self.windows.tokens(self.head, own, self.reference, self.reference_head)
+        """Scores of every token, and the `window` that it lies in: one forward pass, shared by the suites."""
+        windows = self.windows
+        sizes = [len(reading.tokens) for reading in windows.readings]
+        place = windows_place(divergence=self.reference is not None)
+        records = self.memory.recall(place, windows.keys, sizes, self._windows)
+        scores = [{name: _unpack(text) for name, text in record.items()} for record in records]
+        columns = {name: np.concatenate([each[name] for each in scores]) for name in scores[0]}
+        return pd.DataFrame(columns | {"window": np.repeat(range(len(scores)), [len(each["nll"]) for each in scores])})
+
+    def _windows(self, missing: list[int]) -> Iterator[dict[int, JSON]]:
+        """The scores of windows, in float32."""
+        before, own = self.reference, self.own
+        for batch in self.windows.some(missing):
+            owners = [owner for owner, _ in batch.parted(batch.owner_N)]
+            with torch.inference_mode():
+                h_ND = hidden(self.model, batch) if own is None else torch.cat([own[owner] for owner in owners])
+                reference_ND = None if before is None else torch.cat([before[owner] for owner in owners])
+                scores = compare(self.head, batch, h_ND, reference_ND, self.reference_head)
+            check_finite(scores["nll"])
+            del scores["greedy"]  # of items
+            found: dict[int, dict[str, str]] = {owner: {} for owner in owners}
+            for name, score_N in scores.items():
+                for owner, part in batch.parted(score_N.cpu()):
+                    found[owner][name] = _pack(part.numpy())
+            yield found
 
     @cached_property
     def scores(self) -> pd.DataFrame:
         """Their means over every window."""
         return self.windows.means(self.tokens)
+
+
+def windows_place(*, divergence: bool) -> list[Any]:
+    """Where in the memory of a plan the scores of windows lie."""
+    return ["windows", divergence]
+
+
+def _pack(score_N: np.ndarray) -> str:
+    return base64.b64encode(score_N.astype("<f4").tobytes()).decode()
+
+
+def _unpack(text: str) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text), "<f4")
 
 
 Responses = tuple[pd.DataFrame, dict[str, str]]  # rows of RESPONSES without `plan`, and task -> protocol

@@ -6,12 +6,17 @@ tokens is the argmax given the ones before, so generation needs no generating.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pandas as pd
 import torch
 
 from bitalloc.errors import BitallocError
-from bitalloc.suites.scoring import Reading, Responses, Scored, batches, compare, hidden, total
+from bitalloc.store import JSON, digest
+from bitalloc.suites.scoring import Reading, Responses, Scored, batches, check_finite, compare, hidden, total
+
+BATCH = 64  # items whose answers are kept at once
 
 PROTOCOL = {
     True: "multiple choice: largest summed log-probability of the continuation; margin to the best wrong one",
@@ -29,16 +34,17 @@ def responses(scored: Scored) -> Responses:
     items = scored.items.reset_index(drop=True)
     if items.empty:
         raise BitallocError("suite world has no items: set retrieve.items, or take it out of evaluate.suites")
-    log_prob, greedy = _continuations(scored, items)
-    values, first = [], 0
-    for choices, answer in zip(items["choices"], items["answer"], strict=True):
-        lp, last = log_prob[first : first + len(choices)], first + len(choices)
+    records = pd.Series(index=items.index, dtype=object)
+    for task, part in items.groupby("task", sort=False):
+        records[part.index] = _answers(scored, str(task), part)
+    values = []
+    for record, choices, answer in zip(records, items["choices"], items["answer"], strict=True):
+        lp = np.array(record["log_prob"])
         if len(choices) > 1:
             margin = lp[answer] - np.delete(lp, answer).max()
             values.append((float(margin > 0), margin))
         else:
-            values.append((float(greedy[first]), lp[0]))
-        first = last
+            values.append((float(record["greedy"][0]), lp[0]))
     frame = items[["task", "item", "group"]].assign(suite="world", weight=1.0)
     rows = [
         frame.assign(metric="acc", value=np.array(values)[:, 0], chance=items["chance"]),
@@ -48,17 +54,51 @@ def responses(scored: Scored) -> Responses:
     return pd.concat(rows), {task: PROTOCOL[bool(part.all())] for task, part in several.groupby(items["task"])}
 
 
+def keys(items: pd.DataFrame) -> list[str]:
+    """What each item is, by content; which choice is right does not matter to the model."""
+    return [
+        digest([np.asarray(prompt).tolist(), [np.asarray(choice).tolist() for choice in choices]])
+        for prompt, choices in zip(items["prompt"], items["choices"], strict=True)
+    ]
+
+
+def sizes(items: pd.DataFrame) -> list[int]:
+    """Tokens that are read for each item, at most."""
+    return [
+        sum(len(prompt) + len(choice) - 1 for choice in choices)
+        for prompt, choices in zip(items["prompt"], items["choices"], strict=True)
+    ]
+
+
+def place(task: str) -> list[str]:
+    """Where in the memory of a plan the answers to a task lie."""
+    return ["world", task]
+
+
+def _answers(scored: Scored, task: str, items: pd.DataFrame) -> list[JSON]:
+    """`log_prob`, summed, of every choice of each item, and whether `greedy` decoding yields it."""
+
+    def score(missing: list[int]) -> Iterator[dict[int, JSON]]:
+        for start in range(0, len(missing), BATCH):
+            some = missing[start : start + BATCH]
+            yield dict(zip(some, _continuations(scored, items.iloc[some]), strict=True))
+
+    return scored.memory.recall(place(task), keys(items), sizes(items), score)
+
+
 @torch.inference_mode()
-def _continuations(scored: Scored, items: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """Summed log-probability of every choice of every item, in order, and whether greedy decoding yields it."""
+def _continuations(scored: Scored, items: pd.DataFrame) -> Iterator[JSON]:
     readings = _readings(items)
-    owners = int(items["choices"].map(len).sum())
-    log_prob, wrong = np.zeros(owners), np.zeros(owners)
+    counts = items["choices"].map(len)
+    log_prob, wrong = np.zeros(counts.sum()), np.zeros(counts.sum())
     for batch in batches(readings, tokens=scored.windows.budget, device=scored.windows.device):
         scores = compare(scored.head, batch, hidden(scored.model, batch), None)
-        log_prob -= total(scores["nll"], batch.owner_N, owners)
-        wrong += total(1 - scores["greedy"], batch.owner_N, owners)
-    return log_prob, wrong == 0
+        check_finite(scores["nll"])
+        log_prob -= total(scores["nll"], batch.owner_N, len(log_prob))
+        wrong += total(1 - scores["greedy"], batch.owner_N, len(wrong))
+    ends = counts.cumsum()
+    for first, last in zip(ends - counts, ends, strict=True):
+        yield {"log_prob": log_prob[first:last].tolist(), "greedy": (wrong[first:last] == 0).tolist()}
 
 
 def _readings(items: pd.DataFrame) -> list[Reading]:
