@@ -138,6 +138,25 @@ def test_a_level_is_certain_when_the_unfavourable_end_reaches_it(statistic, ends
     assert found[["level", "level_certain"]].to_numpy().tolist() == [levels]
 
 
+def test_agreement_on_a_corpus_is_no_accuracy():
+    place = {
+        "analysis": "gain",
+        "proxy": "best",
+        "budget": "3bpw",
+        "status": "ok",
+        "value": -5.0,
+        "lo": -6.0,
+        "hi": -4.0,
+        "n": 9,
+    }
+    rows = [
+        {"gold": "ppl:text", "statistic": "ppl_gain_percent"},
+        {"gold": "text", "statistic": "accuracy_points_vs_reference"},
+    ]
+    found = grids.success(empty(tables.GOODHART, [place | row for row in rows]), law().iloc[:0])
+    assert found["criterion"].tolist() == ["PPL gain of best over uniform at 3bpw"]
+
+
 def test_a_table_of_levels_made_elsewhere_is_shown_as_it_is(results):
     thresholds = {"threshold_minimal": 3.0, "threshold_target": 5.0, "threshold_stretch": 15.0}
     nothing = dict.fromkeys(("value", "lo", "hi"), float("nan")) | {"level": "none", "level_certain": "none", "n": 0}

@@ -107,6 +107,8 @@ def success(goodhart: pd.DataFrame, law: pd.DataFrame) -> pd.DataFrame:
     for row in gains[gains["gold"] == (gains["gold"].iloc[0] if len(gains) else "")].itertuples():
         found.append(_criterion(f"PPL gain of best over uniform at {row.budget}", "%", PPL_GAIN, row, row.n))
     drops = best[(best["statistic"] == "accuracy_points_vs_reference") & (best["status"] != "floor")]
+    # without tasks, agreement with the reference on the corpora stands in their place: no accuracy
+    drops = drops[~("ppl:" + drops["gold"]).isin(best["gold"])]
     for budget, part in drops.groupby("budget", sort=False):
         worst = part.loc[part["value"].idxmin()]
         lost = pd.Series({"value": -worst["value"], "lo": -worst["hi"], "hi": -worst["lo"]})
