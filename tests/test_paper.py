@@ -120,6 +120,11 @@ def test_nothing_to_say_is_said(read):
     for words in ("No plan was compared with uniform", "the two were not both evaluated", "No task was run on",
                   "could not be asked here", "All 6 checks say GO"):  # fmt: skip
         assert words in prose(text)
+    assert (
+        "top-1 agreement with the unquantised model" in prose(text)
+        and r"\appendix" in text
+        and r"\section{Est" not in text
+    )
     assert "figure" not in text.partition(r"\begin{document}")[2].partition(r"\cite")[0]
 
 

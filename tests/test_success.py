@@ -65,3 +65,10 @@ def test_what_was_not_measured_is_a_row_without_a_value(goodhart, results, tmp_p
     assert frame.set_index("criterion").loc["r2_log", "status"] == "not defined"
     bare = success(results.plans, goodhart[goodhart["analysis"] != "gain"], law(), gates(), form="multiplicative")
     assert set(bare["status"]) == {"no uniform plan to compare with", "no task was run", "ok"}
+
+
+def test_agreement_with_the_reference_on_a_corpus_is_no_accuracy(results, goodhart):
+    stand_ins = goodhart[goodhart["statistic"] == "accuracy_points_vs_reference"].assign(gold="world")
+    rest = goodhart[goodhart["statistic"] != "accuracy_points_vs_reference"]
+    frame = reached(results, pd.concat([rest, stand_ins]))
+    assert set(frame.loc[frame["criterion"] == "accuracy_drop_points", "status"]) == {"no task was run"}

@@ -15,6 +15,7 @@ import pandas as pd
 from bitalloc.documents import Grid, grids, latex
 from bitalloc.statistics import accuracies
 
+TOLD = ("gain", "correlation", "regret")  # analyses with tables of their own
 ALL, BEST, JOINT, BITS, KL = "all", "best", "optimal", "bits_only", "kl_nats_per_token"
 
 
@@ -63,7 +64,8 @@ def paper(
             "rank": _joint_or_bits(controls),
             "truth": _truth(goodhart),
             "limits": _limits(goodhart, gates),
-            "analyses": analyses,
+            "analyses": {name: grid for name, grid in analyses.items() if name not in TOLD},
+            "word": "accuracy" if len(accuracies(evaluate)) else "top-1 agreement with the unquantised model",
             "grids": {
                 "success": grids.success_grid(success),
                 "controls": grids.controls_grid(controls, whole),

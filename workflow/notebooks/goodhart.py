@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from IPython.display import Markdown, display
 
+from bitalloc.figures.style import mark
 from bitalloc.statistics import accuracies, spearman
 from bitalloc.tables import EVALUATE, GATES, GOODHART, PLANS
 
@@ -66,11 +67,12 @@ for (row, name), (column, budget) in product(enumerate(scores.columns), enumerat
     pool = part["strategy"] == "random"
     axes.scatter(part.loc[pool, "ppl"], part.loc[pool, name], s=12, color="0.7")
     for strategy, plan in part[~pool].groupby("strategy"):
-        axes.scatter(plan["ppl"], plan[name], s=24, label=strategy)
+        style = mark(strategy)
+        axes.scatter(plan["ppl"], plan[name], s=24, label=style.label, marker=style.marker, color=style.colour)
     axes.set_title(budget if row == 0 else "", loc="left", size=9)
     axes.set_ylabel(f"{name}, %" if column == 0 else "", size=9)
 panels[0][-1].legend(fontsize=6, loc="best")
-figure.supxlabel(f"PPL on {corpus}", size=9)
+_ = figure.supxlabel(f"PPL on {corpus}", size=9)
 # %% [markdown]
 # ## The rank correlations, with their intervals
 #
@@ -84,13 +86,14 @@ rho = goodhart[(goodhart["statistic"] == "spearman") & (goodhart["proxy"] == cho
 rho.set_index(["gold", "budget"])[["value", "lo", "hi", "n", "status"]]
 
 # %% [markdown]
-# The same by hand, without intervals, so that nothing is hidden:
+# The same by hand, without intervals. A plan under two names counts once, as above.
 
 # %%
+once = plans.drop_duplicates(["budget", "nbytes", "objective"])["plan"]
 by_hand = {
     (name, budget): float(spearman(part["ppl"].to_numpy()[None], part[name].to_numpy()[None])[0])
     for name in scores.columns
-    for budget, part in table[table["strategy"] != "best"].dropna(subset=list(scores.columns)).groupby("budget")
+    for budget, part in table[table.index.isin(once)].dropna(subset=name).groupby("budget")
 }
 pd.Series(by_hand).unstack()
 
