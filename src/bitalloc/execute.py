@@ -16,7 +16,7 @@ from bitalloc import config, sandbox
 from bitalloc.config import parse_bytes
 from bitalloc.errors import BitallocError
 from bitalloc.progress import Progress
-from bitalloc.statistics import Z
+from bitalloc.statistics import share_interval
 from bitalloc.tables import HUMANEVAL, OUTCOMES
 
 REFERENCE = "reference"
@@ -71,19 +71,6 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1 - comb(n - c, k) / comb(n, k)
 
 
-def wilson(c: int, n: int) -> tuple[float, float]:
-    """95 % interval of c of n: (p + z^2/2n -+ z sqrt(p (1 - p) / n + z^2/4n^2)) / (1 + z^2/n) (Wilson 1927).
-
-    It does not shrink to a point where nothing passes:
-
-    >>> [round(end, 4) for end in wilson(0, 164)]
-    [0.0, 0.0229]
-    """
-    p, z = c / n, Z
-    centre, half = p + z * z / (2 * n), z * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max((centre - half) / (1 + z * z / n), 0.0), min((centre + half) / (1 + z * z / n), 1.0)
-
-
 def score(outcomes: pd.DataFrame, settings: config.HumanEval) -> pd.DataFrame:
     """HUMANEVAL of OUTCOMES: pass@1 = mean over problems of `pass_at_k(1, passed, 1)`, one greedy sample each.
 
@@ -101,7 +88,7 @@ def score(outcomes: pd.DataFrame, settings: config.HumanEval) -> pd.DataFrame:
     for plan, part in outcomes.groupby("plan", sort=False):
         n, c = len(part), int(part["passed"].sum())
         value = sum(pass_at_k(1, int(passed), 1) for passed in part["passed"]) / n
-        lo, hi = wilson(c, n)
+        lo, hi = share_interval(c / n, 0.0, n)
         row = {"plan": plan, "metric": "pass@1", "value": value, "lo": lo, "hi": hi, "n": n}
         row |= {"stderr": sqrt(value * (1 - value) / max(n - 1, 1)), "status": status, "protocol": protocol}
         row |= {
