@@ -5,13 +5,14 @@ from pathlib import Path
 from bitalloc.config import Fit
 from bitalloc.script import stage
 from bitalloc.success import success
-from bitalloc.tables import GATES, GOODHART, LAW, PLANS, SUCCESS
+from bitalloc.tables import EVALUATE, GATES, GOODHART, LAW, PLANS, SUCCESS
 
 
 def main(*, inputs: dict[str, Path], settings: Fit, path_to_success: Path) -> None:
     gates = GATES.read(inputs["gates"])
     frame = success(
         PLANS.read(inputs["plans"]),
+        EVALUATE.read(inputs["evaluate"]),
         GOODHART.read(inputs["goodhart"]),
         LAW.read(inputs["law"]),
         gates,

@@ -190,7 +190,8 @@ def residuals(seed: int = 0) -> pd.DataFrame:
 
 def success(results: Results, goodhart: pd.DataFrame, **changes: pd.DataFrame) -> pd.DataFrame:
     frames = {"law": law(), "gates": gates()} | changes
-    return reached.success(results.plans, goodhart, frames["law"], frames["gates"], form="multiplicative")
+    tables_read = (results.plans, results.evaluate, goodhart, frames["law"], frames["gates"])
+    return reached.success(*tables_read, form="multiplicative")
 
 
 def controls(results: Results) -> pd.DataFrame:

@@ -31,6 +31,12 @@ def test_every_model_of_the_sheet_has_a_valid_configuration():
         loaded.for_model(name)
 
 
+def test_every_model_has_the_controls_of_rank_against_bits():
+    loaded = config.load(*FILES)
+    for name in SHEET:
+        assert {"optimal", "bits_only", "rank_only", "uniform"} <= set(loaded.for_model(name).allocate.strategies)
+
+
 def test_the_72b_is_literally_8400_experiments():
     from bitalloc.families import family
     from bitalloc.option import options

@@ -195,16 +195,17 @@ def test_scores_are_those_of_the_plan_and_of_its_checkpoint(family: str, tmp_pat
 
 
 # ---- in the budget -------------------------------------------------------------------------------------
-def planned(bench: Small, frame: pd.DataFrame | None, *budgets: str, **sweep: object):
+def planned(bench: Small, frame: pd.DataFrame | None, *budgets: str, arms: tuple[str, ...] = (), **sweep: object):
     config = parse(
         {
             "sweep": {**TABLES.model_dump(mode="json"), **sweep},
-            "allocate": {"budgets": list(budgets), "pool": 3, "runners_up": 1},
+            "allocate": {"budgets": list(budgets), "pool": 3, "runners_up": 1, "arms": list(arms)},
         }
     )
     errors = bench.experiments.rows(bench.layers, [o for o in OPTIONS] + [Option("rtn", 2, 16, 2)])
     sensitivity = errors.drop_duplicates("layer").assign(signal="kl", coefficient=1.0)
-    return allocate(errors.assign(source="measured"), sensitivity, bench.inventory, config, frame)
+    leaked = sensitivity if "leaked" in arms else None
+    return allocate(errors.assign(source="measured"), sensitivity, bench.inventory, config, frame, leaked)
 
 
 def test_tables_share_the_budget_with_the_matrices(tmp_path: Path) -> None:
@@ -226,6 +227,21 @@ def test_tables_share_the_budget_with_the_matrices(tmp_path: Path) -> None:
     assert objective["optimal-5bpw"] <= objective[[f"{name}-5bpw" for name in one]].min()
     named = frames["uniform-uniform-4b-g16"]
     assert plans.set_index("plan")["budget_bytes"]["uniform-uniform-4b-g16"] >= named["nbytes"].sum()
+
+
+def test_embedding_and_head_are_one_component_of_the_arm(tmp_path: Path) -> None:
+    bench, frame = made("llama", tmp_path)
+    plans, frames = planned(bench, frame, "5bpw", arms=("component", "leaked"))
+    arm = plans[plans["strategy"] == "component"]
+    assert set(arm["budget"]) == {"component attention", "component mlp", "component embedding"}
+    for row in arm.to_dict("records"):
+        plan = frames[row["plan"]]
+        ends = plan[plan["block"] < 0]
+        assert sorted(ends["layer"]) == ENDS["llama"] and plan["nbytes"].sum() == row["nbytes"]
+        harmed = row["budget"] == "component embedding"
+        assert set(plan.loc[plan["block"] >= 0, "bits"]) == {16} if harmed else set(ends["bits"]) == {16}
+        assert ends["bits"].max() < 16 or not harmed
+    assert frames["leaked_1-5bpw"].equals(frames["optimal-5bpw"])  # from the same coefficients
 
 
 def test_without_an_offer_nothing_changes(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ def goodhart(results):
 
 
 def reached(results, goodhart, form: str = "multiplicative") -> pd.DataFrame:
-    return success(results.plans, goodhart, law(), gates(), form=form)
+    return success(results.plans, results.evaluate, goodhart, law(), gates(), form=form)
 
 
 def test_every_budget_and_corpus_has_a_row_and_the_table_repeats(results, goodhart, tmp_path):
@@ -58,17 +58,20 @@ def test_the_task_that_loses_most_counts_with_its_ends_turned(results, goodhart)
 
 def test_what_was_not_measured_is_a_row_without_a_value(goodhart, results, tmp_path):
     floor = goodhart.assign(status=goodhart["status"].mask(goodhart["proxy"] == "best", "floor"))
-    frame = success(results.plans, floor, law(), gates(), form="interpolation")
+    frame = success(results.plans, results.evaluate, floor, law(), gates(), form="interpolation")
     tables.SUCCESS.write(frame, tmp_path / "success.parquet")
     drops = frame[frame["criterion"] == "accuracy_drop_points"]
     assert set(drops["status"]) == {"no task above chance"} and set(drops["level"]) == {"none"}
     assert frame.set_index("criterion").loc["r2_log", "status"] == "not defined"
-    bare = success(results.plans, goodhart[goodhart["analysis"] != "gain"], law(), gates(), form="multiplicative")
+    nothing = goodhart[goodhart["analysis"] != "gain"]
+    bare = success(results.plans, results.evaluate, nothing, law(), gates(), form="multiplicative")
     assert set(bare["status"]) == {"no uniform plan to compare with", "no task was run", "ok"}
 
 
-def test_agreement_with_the_reference_on_a_corpus_is_no_accuracy(results, goodhart):
-    stand_ins = goodhart[goodhart["statistic"] == "accuracy_points_vs_reference"].assign(gold="world")
-    rest = goodhart[goodhart["statistic"] != "accuracy_points_vs_reference"]
-    frame = reached(results, pd.concat([rest, stand_ins]))
-    assert set(frame.loc[frame["criterion"] == "accuracy_drop_points", "status"]) == {"no task was run"}
+def test_agreement_with_the_reference_is_no_task():
+    alone = simulate(pool=0, slopes={})
+    settings = Analyze(resamples=20, folds=2)
+    goodhart = analyze(alone.plans, alone.evaluate, alone.responses, settings=settings, seed=0)
+    assert "accuracy_points_vs_reference" in set(goodhart["statistic"])
+    drops = reached(alone, goodhart).query("criterion == 'accuracy_drop_points'")
+    assert set(drops["status"]) == {"no task was run"} and drops["value"].isna().all()

@@ -222,12 +222,13 @@ def allocate(  # noqa: PLR0917 - tables and settings
     """
     settings = config.allocate
     whole = build(costs, sensitivity, inventory, config, embeddings)
+    searched = None if leaked is None else build(costs, leaked, inventory, config, embeddings)
     inventory = claim(inventory, whole.layers)
     place = inventory[inventory["claimed"]][["layer", "block", "role", "kind"]].reset_index(drop=True)
     place["role"] = place["role"].mask(place["role"] == "", place.pop("kind"))  # embedding and head play their own
     unit_N = units(place, config.fuse)
     instance = whole.fused(unit_N)
-    seen = None if leaked is None else build(costs, leaked, inventory, config, embeddings).fused(unit_N)
+    seen = None if searched is None else searched.fused(unit_N)
     budgets = [parse_budget(text, instance, inventory, config.sweep, config.format) for text in settings.budgets]
     if twice := [b.text for b in budgets if [c.slug for c in budgets].count(b.slug) > 1]:
         raise BitallocError(f"allocate.budgets names {twice[0]!r} twice; remove one")

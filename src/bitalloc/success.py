@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import pandas as pd
 
+from bitalloc.statistics import accuracies
 from bitalloc.tables import SUCCESS
 
 LEVELS = ("minimal", "target", "stretch")
@@ -31,9 +32,15 @@ Row = dict[str, object]
 
 
 def success(
-    plans: pd.DataFrame, goodhart: pd.DataFrame, law: pd.DataFrame, gates: pd.DataFrame, *, form: str
+    plans: pd.DataFrame,
+    evaluate: pd.DataFrame,
+    goodhart: pd.DataFrame,
+    law: pd.DataFrame,
+    gates: pd.DataFrame,
+    *,
+    form: str,
 ) -> pd.DataFrame:
-    """PLANS, GOODHART, LAW and GATES -> SUCCESS.
+    """PLANS, EVALUATE, GOODHART, LAW and GATES -> SUCCESS.
 
     Perplexity counts on every report corpus, at every budget of `best`. Of the tasks that are above chance the one
     counts in which most is lost, so its interval is that of one task, not of the worst of several. The law is the one
@@ -42,7 +49,8 @@ def success(
     """
     budgets = list(dict.fromkeys(plans.loc[plans["strategy"] == BEST, "budget"]))
     gain = goodhart[(goodhart["analysis"] == "gain") & (goodhart["proxy"] == BEST)]
-    rows = [*_perplexity(gain, budgets), *_accuracy(gain, budgets), *_law(law, form)]
+    tasks = gain[gain["gold"].isin(accuracies(evaluate)["task"])]  # agreement with the reference stands in for none
+    rows = [*_perplexity(gain, budgets), *_accuracy(tasks, budgets), *_law(law, form)]
     frame = pd.DataFrame([_judged(row, gates) for row in rows])
     return frame[[column.name for column in SUCCESS.columns]]
 
@@ -59,8 +67,6 @@ def _perplexity(gain: pd.DataFrame, budgets: Sequence[str]) -> Iterator[Row]:
 
 def _accuracy(gain: pd.DataFrame, budgets: Sequence[str]) -> Iterator[Row]:
     drops = gain[gain["statistic"] == "accuracy_points_vs_reference"]
-    # without tasks, agreement with the reference on the corpora stands in their place: no accuracy
-    drops = drops[~("ppl:" + drops["gold"]).isin(gain["gold"])]
     for budget in budgets:
         found = drops[(drops["budget"] == budget) & drops["value"].notna()]
         able = found[found["status"] != "floor"]
@@ -69,7 +75,8 @@ def _accuracy(gain: pd.DataFrame, budgets: Sequence[str]) -> Iterator[Row]:
             yield _row("accuracy_drop_points", budget, ALL, {}, status=status)
             continue
         worst = able.loc[able["value"].idxmin()]
-        lost = {"value": -worst["value"], "lo": -worst["hi"], "hi": -worst["lo"], "n": worst["n"]}
+        # 0 - x: the negative of 0 would be written as -0
+        lost = {"value": 0 - worst["value"], "lo": 0 - worst["hi"], "hi": 0 - worst["lo"], "n": worst["n"]}
         yield _row("accuracy_drop_points", budget, worst["gold"], lost)
 
 

@@ -31,7 +31,7 @@ SMALL = {
     "sweep": {"bits": [2, 3, 4], "group_sizes": [64], "ranks": [0, 2, 4]},
     "sensitivity": {"signals": ["kl"], "windows": 4},
     "fit": {"resamples": 20, "extra_ranks": []},
-    "allocate": {"budgets": ["2.55bpw"], "pool": 3, "runners_up": 1},
+    "allocate": {"budgets": ["2.55bpw"], "pool": 3, "runners_up": 1, "arms": []},
     "compress": {"plans": ["best"]},
     "evaluate": {"resamples": 100, "jobs": 1, "texts": ["docstrings"], "documents": 24},
     "analyze": {"resamples": 100, "folds": 4},

@@ -69,14 +69,18 @@ def test_rank_stands_against_bits_and_what_was_promised_is_graded(project):
     assert set(success["criterion"]) == {"ppl_gain_percent", "accuracy_drop_points", "r2_log", "r2_loo"}
 
 
-def test_the_arms_are_plans_of_the_analysis_alone(finished):
-    results = finished.folder / "results/tiny"
+def test_the_arms_are_plans_of_the_analysis_alone(project):
+    results = project.folder / "results/tiny"
+    project.configure(allocate={"arms": ["component", "leaked"]})
+    status, output = project.run("results/tiny/plans.parquet", "results/tiny/gates/pilot.json")
+    assert status == 0, output
     plans = tables.PLANS.read(results / "plans.parquet")
     arms = plans[~plans["plan"].isin(tables.without_arms(plans)["plan"])]
     assert {"leaked-2.55bpw", "component-attention-1", "component-mlp-1"} <= set(arms["plan"])
     assert "report split" in arms.set_index("plan").loc["leaked-2.55bpw", "note"]
     assert {path.stem for path in (results / "plans").glob("*.parquet")} == set(plans["plan"])
-    assert "component" not in (results / "report.md").read_text()
+    scores = tables.EVALUATE.read(results / "leaked/evaluate.parquet")
+    assert set(scores["task"]) == {"world/report", "docstrings/report"} and set(scores["suite"]) == {"perplexity"}
 
 
 def test_bytes_on_disk_are_the_promised_ones(finished):

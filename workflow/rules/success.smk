@@ -4,6 +4,7 @@
 rule success:
     input:
         plans="results/{model}/plans.parquet",
+        evaluate="results/{model}/evaluate.parquet",
         goodhart="results/{model}/goodhart.parquet",
         law="results/{model}/law.parquet",
         gates="results/{model}/gates.parquet",
