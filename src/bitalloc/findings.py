@@ -64,7 +64,8 @@ def proxy_name(proxy: str) -> str:
 class _Findings:
     def __init__(self, goodhart: pd.DataFrame, evaluate: pd.DataFrame) -> None:
         self.table = goodhart
-        self.word = "accuracy" if len(accuracies(evaluate)) else "top-1 agreement"
+        self.tasks = len(accuracies(evaluate)) > 0
+        self.word = "accuracy" if self.tasks else "top-1 agreement"
         self.proxy = next((name for name in goodhart["proxy"] if str(name).startswith("nll:")), "")
 
     def rows(self, analysis: str, statistic: str, **where: str) -> pd.DataFrame:
@@ -108,22 +109,23 @@ class _Findings:
         numbers = (
             f"points of {self.word} lost beyond those by {own}, mean over the tasks that can tell: {'; '.join(shown)}"
         )
-        return [f"In this pool {'; '.join(parts)} ({numbers}; Holm's correction).", *self.cost()]
+        kin = "" if self.tasks else " Top-1 agreement, which stands in for tasks, is close to KL by its nature."
+        return [f"In this pool {'; '.join(parts)} ({numbers}; Holm's correction).{kin}", *self.cost()]
 
     def cost(self) -> list[str]:
         rows = self.rows("regret", "regret_points", budget=ALL)
         chosen = rows[rows["proxy"] == self.proxy]
         if chosen.empty:
             return []
-        worst = chosen.loc[chosen["value"].idxmax()]
+        worst = chosen.loc[chosen["hi"].idxmax()]
         told = "" if worst["lo"] > 0 else ", not to be told from 0"
         others = rows[rows["gold"] == worst["gold"]].set_index("proxy")
         yardsticks = [
             f"{proxy_name(name)} {_interval(others.loc[name])}" for name in (POOL, UNIFORM) if name in others.index
         ]
         return [
-            f"Choosing by {proxy_name(self.proxy)} costs at most {_interval(worst)} points of {self.word} "
-            f"({worst['gold']}) against the cross-fitted best plan{told}; {', '.join(yardsticks)}."
+            f"Choosing by {proxy_name(self.proxy)} costs {_interval(worst)} points of {self.word} where it may cost "
+            f"most ({worst['gold']}), against the cross-fitted best plan{told}; {', '.join(yardsticks)}."
         ]
 
     # ---- does it rank
@@ -240,15 +242,14 @@ class _Findings:
         if len(lead):
             seen = lead[lead["gold"] == lead["gold"].iloc[0]]
             points = self.rows("leakage", "lead_points", proxy=LEAKED)
+            where = "on the tasks" if self.tasks else "in top-1 agreement on the same windows"
             told = points[(points["lo"] > 0) | (points["hi"] < 0)]
             leads = _names([f"{_interval(row, 4)} nats at {row['budget']}" for _, row in seen.iterrows()])
             tasks = (
                 _names([f"{_place(row)} {_interval(row)} points" for _, row in told.iterrows()])
                 or "none that can be told"
             )
-            parts.append(
-                f"leakage: a search that saw the report windows leads best by {leads}, and on the tasks: {tasks}"
-            )
+            parts.append(f"leakage: a search that saw the report windows leads best by {leads}, and {where}: {tasks}")
         return [f"By kind: {'; '.join(parts)}."] if parts else []
 
     def flips(self) -> list[str]:
@@ -306,8 +307,8 @@ class _Findings:
         chosen = self.rows("regret", "regret_points", budget=ALL, proxy=self.proxy)
         cost = []
         if len(chosen):
-            worst = chosen.loc[chosen["value"].idxmax()]
-            cost.append(f"selecting by it costs at most {_interval(worst)} points")
+            worst = chosen.loc[chosen["hi"].idxmax()]
+            cost.append(f"selecting by it costs {_interval(worst)} points where it may cost most ({worst['gold']})")
         rows = self.rows("regret", "versus_perplexity_points", gold=ALL)
         proxies = rows[~rows["proxy"].isin([POOL, UNIFORM])]
         better = proxies[_told(proxies) & (proxies["value"] < 0)]
@@ -315,7 +316,8 @@ class _Findings:
             cost.append(f"{_names(better['proxy'].map(proxy_name))} chooses better")
         elif len(proxies):
             cost.append("no other proxy is told to be better")
-        return "; ".join([*whether, *([" and ".join(cost)] if cost else [])])
+        stand_in = [] if self.tasks else ["No task was run, top-1 agreement stands in"]
+        return "; ".join([*stand_in, *whether, *([" and ".join(cost)] if cost else [])])
 
 
 def _told(rows: pd.DataFrame) -> pd.Series:
