@@ -96,7 +96,8 @@ def two_way(plans_R: np.ndarray, items_R: np.ndarray, both_R: np.ndarray) -> flo
     >>> [round(float(s), 2) for s in (truth, both_R.std(), two_way(plans_R, items_R, both_R))]
     [0.3, 0.38, 0.31]
     """
-    plans, items, both = (float(np.var(each[np.isfinite(each)])) for each in (plans_R, items_R, both_R))
+    told = (each[np.isfinite(each)] for each in (plans_R, items_R, both_R))
+    plans, items, both = (float(np.var(each)) if len(each) else 0.0 for each in told)
     return float(np.sqrt(np.clip(2 * (plans + items) - both, max(plans, items), plans + items)))
 
 
