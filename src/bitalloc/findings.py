@@ -27,7 +27,8 @@ def summary(
     said = _Findings(goodhart, evaluate)
     parts = [
         *_near_uniform(gates), *said.power(), *said.answer(), *(said.agreement() or [said.too_few(plans)]),
-        *said.silence(), *said.gain(), *said.overoptimisation(), *said.taxonomy(), *said.flips(), *said.limits(),
+        *said.silence(), *said.contradictions(), *said.gain(), *said.overoptimisation(), *said.taxonomy(),
+        *said.flips(), *said.limits(),
     ]  # fmt: skip
     return [part[0].upper() + part[1:] for part in parts]
 
@@ -168,6 +169,18 @@ class _Findings:
         verdicts = ((near["hi"] < 0, "they still agree on"), (near["hi"] >= 0, "that is open on"))
         parts = [f"{text} {_names(near.loc[mask, 'gold'].map(shown))}" for mask, text in verdicts if mask.any()]
         return [f"Among the half of the plans nearest to the reference {'; '.join(parts)}."]
+
+    def contradictions(self) -> list[str]:
+        """Pairs of equal bytes, one with the better PPL and the significantly worse task, beyond what chance makes."""
+        rows = self.rows("divergence", "divergent_share")
+        rows = rows[rows["lo"] > ALPHA / 2]
+        if rows.empty:
+            return []
+        percent = rows.assign(**{name: 100 * rows[name] for name in ("value", "lo", "hi")})
+        shown = _names([f"{_interval(row)} % on {_place(row)}" for _, row in percent.iterrows()])
+        return [
+            f"Of two plans the one with the better PPL (by 1 %) is significantly worse in {shown}; chance makes 2.5 %."
+        ]
 
     # ---- what was gained
     def gain(self) -> list[str]:
