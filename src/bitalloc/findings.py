@@ -219,16 +219,25 @@ class _Findings:
         rows = self.rows("overoptimisation", "beta_points", proxy=self.proxy, budget=ALL)
         if rows.empty:
             return []
+        hardest = self._hardest()
+        worse = [f"{row['gold']} ({_interval(row)} points)" for _, row in hardest[hardest["hi"] < 0].iterrows()]
+        parts = [f"Choosing harder by PPL makes {self.word} worse on {_names(worse)}."] if worse else []
         bends = rows[rows["lo"] > 0]
         if bends.empty:
-            return [f"Choosing harder by PPL: no bend of the curve can be told on {_names(rows['gold'])}."]
+            return parts or [f"Choosing harder by PPL: no bend of the curve can be told on {_names(rows['gold'])}."]
         turning = self.rows("overoptimisation", "turning_pressure", proxy=self.proxy, budget=ALL)
         inside = turning[turning["status"] == "ok"]
         shown = [f"{row['gold']} (beta {_interval(row)} points)" for _, row in bends.iterrows()]
         turn = f"{self.word} begins to fall at a pressure of " + _names(
             [f"{_interval(row, 2)} on {row['gold']}" for _, row in inside.iterrows()]
         ) if len(inside) else f"{self.word} falls nowhere within this pool"  # fmt: skip
-        return [f"Choosing harder by PPL buys less and less on {_names(shown)}; {turn}."]
+        return [*parts, f"Choosing harder by PPL buys less and less on {_names(shown)}; {turn}."]
+
+    def _hardest(self) -> pd.DataFrame:
+        """Gain of the best of all random plans, where the pool has a curve."""
+        sizes = self.table["statistic"].str.extract(r"^gain_best_of_(\d+)$")[0].dropna()
+        name = f"gain_best_of_{sizes.astype(int).max()}" if len(sizes) else ""
+        return self.rows("overoptimisation", name, proxy=self.proxy, budget=ALL)
 
     def taxonomy(self) -> list[str]:
         """Regressional, extremal, causal, and leakage in place of adversarial."""

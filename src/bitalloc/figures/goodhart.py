@@ -179,6 +179,8 @@ class _Page:
             return "not measured"
         turning = self.rows("turning_pressure", proxy=self.proxy, budget=ALL, status="ok")
         falls = [f"{r['gold']} falls beyond d = {_text(r, 2)}" for _, r in turning.iterrows()]
+        curves = {gold: _points(self, self.proxy, gold) for gold in rows["gold"]}
+        falls += [f"{gold} gets worse" for gold, curve in curves.items() if len(curve) and curve["hi"].iloc[-1] < 0]
         bends = rows.loc[rows["lo"] > 0, "gold"].tolist()
         return "; ".join(falls) or (f"returns diminish on {', '.join(bends)}, none falls" if bends else "not told")
 
