@@ -195,6 +195,8 @@ def simulate(world: World, seed: int, truths: dict) -> Iterator[Record]:
     for task in ("idle", "edge"):
         part = table[(table["analysis"] == "divergence") & (table["gold"] == task)].groupby("statistic")["value"].sum()
         share, expected = (part[name] / part["pairs"] for name in ("divergent_pairs", "expected_by_chance"))
+        shares = table[(table["statistic"] == "divergent_share") & (table["gold"] == task)]
+        yield Record("error", f"more contradictions than chance, {task}", float((shares["lo"] > ALPHA / 2).any()))
         yield Record("bias", f"share of divergent pairs, {task}, against chance", share, truth=expected)
     yield from _naive(study, truths)
 

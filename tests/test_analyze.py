@@ -101,13 +101,18 @@ def test_gains_are_those_of_the_responses(goodhart, results):
 
 
 def test_divergent_pairs_are_counted_and_planted_ones_found():
-    contrary = run(simulate(slopes={"facts": -20.0}, level={"facts": 1.0}))
+    world = simulate(slopes={"facts": -20.0}, level={"facts": 1.0})
+    contrary = run(world)
     place = {"analysis": "divergence", "gold": "facts", "budget": "2.6bpw"}
     share = one(contrary, statistic="divergent_share", **place)
     expected, pairs = (one(contrary, statistic=s, **place)["value"] for s in ("expected_by_chance", "pairs"))
     assert share["value"] > 0.3 and share["lo"] > 0.1 and expected == pytest.approx(0.025 * pairs)
     row = one(contrary, statistic="spearman", proxy="nll:world", gold="facts", budget="all")
     assert row["lo"] > 0
+    said = " ".join(summary(contrary, world.evaluate, world.plans))
+    assert "the one with the better PPL (by 1 %) is significantly worse in" in said and "% on facts at 2.6bpw" in said
+    assert "Lower PPL goes with lower accuracy on facts" in said
+    assert "Choosing harder by PPL makes accuracy worse on facts" in said
 
 
 def test_floor_and_saturated_tasks_make_no_claim():

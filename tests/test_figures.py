@@ -5,12 +5,13 @@ from matplotlib import rcParams
 from matplotlib.image import imread
 
 from bitalloc import figures, tables
-from bitalloc.analyze import analyze, summary
+from bitalloc.analyze import analyze, headline
 from bitalloc.config import Analyze
 from bitalloc.figures.domains import _Data
 from bitalloc.figures.phase import sentence
 from bitalloc.figures.style import mark, spread
 from bitalloc.phase import controls, phase
+from tests.planted import WORLDS, planted
 from tests.simulated import empty, gates, law, residuals, sensitivity, simulate, sweep
 
 STAMP = figures.stamp(gates())
@@ -24,7 +25,7 @@ def draw(results, path, sentence=None):
         settings=Analyze(resamples=20, folds=2),
         seed=0,
     )
-    sentence = sentence or summary(found, results.evaluate, results.plans)[0]
+    sentence = sentence or headline(found, results.evaluate, results.plans, gates())
     figures.goodhart(results.plans, results.evaluate, found, sentence, path, STAMP, model="simulated")
 
 
@@ -60,6 +61,11 @@ def test_goodhart_is_drawn_and_its_bytes_repeat(tmp_path):
 )
 def test_goodhart_degrades_gracefully(tmp_path, settings):
     draw(simulate(items=60, **settings), tmp_path / "figure.png")
+    drawn(tmp_path / "figure.png", 13.5)
+
+
+def test_goodhart_names_every_kind_of_failure(tmp_path):
+    draw(planted(WORLDS["known"], 0, pool=8, items=60).results, tmp_path / "figure.png")
     drawn(tmp_path / "figure.png", 13.5)
 
 

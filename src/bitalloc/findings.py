@@ -27,7 +27,8 @@ def summary(
     said = _Findings(goodhart, evaluate)
     parts = [
         *_near_uniform(gates), *said.power(), *said.answer(), *(said.agreement() or [said.too_few(plans)]),
-        *said.silence(), *said.gain(), *said.overoptimisation(), *said.taxonomy(), *said.flips(), *said.limits(),
+        *said.silence(), *said.contradictions(), *said.gain(), *said.overoptimisation(), *said.taxonomy(),
+        *said.flips(), *said.limits(),
     ]  # fmt: skip
     return [part[0].upper() + part[1:] for part in parts]
 
@@ -64,7 +65,8 @@ def proxy_name(proxy: str) -> str:
 class _Findings:
     def __init__(self, goodhart: pd.DataFrame, evaluate: pd.DataFrame) -> None:
         self.table = goodhart
-        self.word = "accuracy" if len(accuracies(evaluate)) else "top-1 agreement"
+        self.tasks = len(accuracies(evaluate)) > 0
+        self.word = "accuracy" if self.tasks else "top-1 agreement"
         self.proxy = next((name for name in goodhart["proxy"] if str(name).startswith("nll:")), "")
 
     def rows(self, analysis: str, statistic: str, **where: str) -> pd.DataFrame:
@@ -108,22 +110,23 @@ class _Findings:
         numbers = (
             f"points of {self.word} lost beyond those by {own}, mean over the tasks that can tell: {'; '.join(shown)}"
         )
-        return [f"In this pool {'; '.join(parts)} ({numbers}; Holm's correction).", *self.cost()]
+        kin = "" if self.tasks else " Top-1 agreement, which stands in for tasks, is close to KL by its nature."
+        return [f"In this pool {'; '.join(parts)} ({numbers}; Holm's correction).{kin}", *self.cost()]
 
     def cost(self) -> list[str]:
         rows = self.rows("regret", "regret_points", budget=ALL)
         chosen = rows[rows["proxy"] == self.proxy]
         if chosen.empty:
             return []
-        worst = chosen.loc[chosen["value"].idxmax()]
+        worst = chosen.loc[chosen["hi"].idxmax()]
         told = "" if worst["lo"] > 0 else ", not to be told from 0"
         others = rows[rows["gold"] == worst["gold"]].set_index("proxy")
         yardsticks = [
             f"{proxy_name(name)} {_interval(others.loc[name])}" for name in (POOL, UNIFORM) if name in others.index
         ]
         return [
-            f"Choosing by {proxy_name(self.proxy)} costs at most {_interval(worst)} points of {self.word} "
-            f"({worst['gold']}) against the cross-fitted best plan{told}; {', '.join(yardsticks)}."
+            f"Choosing by {proxy_name(self.proxy)} costs {_interval(worst)} points of {self.word} where it may cost "
+            f"most ({worst['gold']}), against the cross-fitted best plan{told}; {', '.join(yardsticks)}."
         ]
 
     # ---- does it rank
@@ -167,6 +170,18 @@ class _Findings:
         parts = [f"{text} {_names(near.loc[mask, 'gold'].map(shown))}" for mask, text in verdicts if mask.any()]
         return [f"Among the half of the plans nearest to the reference {'; '.join(parts)}."]
 
+    def contradictions(self) -> list[str]:
+        """Pairs of equal bytes, one with the better PPL and the significantly worse task, beyond what chance makes."""
+        rows = self.rows("divergence", "divergent_share")
+        rows = rows[rows["lo"] > ALPHA / 2]
+        if rows.empty:
+            return []
+        percent = rows.assign(**{name: 100 * rows[name] for name in ("value", "lo", "hi")})
+        shown = _names([f"{_interval(row)} % on {_place(row)}" for _, row in percent.iterrows()])
+        return [
+            f"Of two plans the one with the better PPL (by 1 %) is significantly worse in {shown}; chance makes 2.5 %."
+        ]
+
     # ---- what was gained
     def gain(self) -> list[str]:
         ppl = self.rows("gain", "ppl_gain_percent", proxy=BEST)
@@ -204,16 +219,25 @@ class _Findings:
         rows = self.rows("overoptimisation", "beta_points", proxy=self.proxy, budget=ALL)
         if rows.empty:
             return []
+        hardest = self._hardest()
+        worse = [f"{row['gold']} ({_interval(row)} points)" for _, row in hardest[hardest["hi"] < 0].iterrows()]
+        parts = [f"Choosing harder by PPL makes {self.word} worse on {_names(worse)}."] if worse else []
         bends = rows[rows["lo"] > 0]
         if bends.empty:
-            return [f"Choosing harder by PPL: no bend of the curve can be told on {_names(rows['gold'])}."]
+            return parts or [f"Choosing harder by PPL: no bend of the curve can be told on {_names(rows['gold'])}."]
         turning = self.rows("overoptimisation", "turning_pressure", proxy=self.proxy, budget=ALL)
         inside = turning[turning["status"] == "ok"]
         shown = [f"{row['gold']} (beta {_interval(row)} points)" for _, row in bends.iterrows()]
         turn = f"{self.word} begins to fall at a pressure of " + _names(
             [f"{_interval(row, 2)} on {row['gold']}" for _, row in inside.iterrows()]
         ) if len(inside) else f"{self.word} falls nowhere within this pool"  # fmt: skip
-        return [f"Choosing harder by PPL buys less and less on {_names(shown)}; {turn}."]
+        return [*parts, f"Choosing harder by PPL buys less and less on {_names(shown)}; {turn}."]
+
+    def _hardest(self) -> pd.DataFrame:
+        """Gain of the best of all random plans, where the pool has a curve."""
+        sizes = self.table["statistic"].str.extract(r"^gain_best_of_(\d+)$")[0].dropna()
+        name = f"gain_best_of_{sizes.astype(int).max()}" if len(sizes) else ""
+        return self.rows("overoptimisation", name, proxy=self.proxy, budget=ALL)
 
     def taxonomy(self) -> list[str]:
         """Regressional, extremal, causal, and leakage in place of adversarial."""
@@ -240,15 +264,14 @@ class _Findings:
         if len(lead):
             seen = lead[lead["gold"] == lead["gold"].iloc[0]]
             points = self.rows("leakage", "lead_points", proxy=LEAKED)
+            where = "on the tasks" if self.tasks else "in top-1 agreement on the same windows"
             told = points[(points["lo"] > 0) | (points["hi"] < 0)]
             leads = _names([f"{_interval(row, 4)} nats at {row['budget']}" for _, row in seen.iterrows()])
             tasks = (
                 _names([f"{_place(row)} {_interval(row)} points" for _, row in told.iterrows()])
                 or "none that can be told"
             )
-            parts.append(
-                f"leakage: a search that saw the report windows leads best by {leads}, and on the tasks: {tasks}"
-            )
+            parts.append(f"leakage: a search that saw the report windows leads best by {leads}, and {where}: {tasks}")
         return [f"By kind: {'; '.join(parts)}."] if parts else []
 
     def flips(self) -> list[str]:
@@ -306,8 +329,8 @@ class _Findings:
         chosen = self.rows("regret", "regret_points", budget=ALL, proxy=self.proxy)
         cost = []
         if len(chosen):
-            worst = chosen.loc[chosen["value"].idxmax()]
-            cost.append(f"selecting by it costs at most {_interval(worst)} points")
+            worst = chosen.loc[chosen["hi"].idxmax()]
+            cost.append(f"selecting by it costs {_interval(worst)} points where it may cost most ({worst['gold']})")
         rows = self.rows("regret", "versus_perplexity_points", gold=ALL)
         proxies = rows[~rows["proxy"].isin([POOL, UNIFORM])]
         better = proxies[_told(proxies) & (proxies["value"] < 0)]
@@ -315,7 +338,8 @@ class _Findings:
             cost.append(f"{_names(better['proxy'].map(proxy_name))} chooses better")
         elif len(proxies):
             cost.append("no other proxy is told to be better")
-        return "; ".join([*whether, *([" and ".join(cost)] if cost else [])])
+        stand_in = [] if self.tasks else ["No task was run, top-1 agreement stands in"]
+        return "; ".join([*stand_in, *whether, *([" and ".join(cost)] if cost else [])])
 
 
 def _told(rows: pd.DataFrame) -> pd.Series:

@@ -15,7 +15,7 @@ rule analyze:
     conda:
         "../../envs/bitalloc.yaml"
     params:
-        settings=section("analyze", "seed"),
+        settings=section("analyze", "retrieve", "seed"),
         code=code("analyze", "figures"),
     script:
         "../../scripts/analyze.py"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from bitalloc.statistics import fisher_interval, reliability
 from bitalloc.statistics.ranks import unit_ranks, unit_signs
 
 VARIANTS = ("plans", "items", "both")  # what a bootstrap draws anew
+PAIRS = 1 << 22  # of plans, over all resamples, that Kendall's tau may hold for a score
 
 
 def correlation(study: Study) -> None:
@@ -28,15 +30,19 @@ def correlation(study: Study) -> None:
         *((name, unit, strata) for name, unit in measures.items()),
         ("spearman_near", unit_ranks, near),
     ):
-        for proxy, gold in ((proxy, gold) for proxy in study.proxies for gold in study.golds):
-            pooled = []
-            for budget, stratum in places.items():
+        pooled: dict[tuple[str, str], list[tuple]] = {
+            pair: [] for pair in itertools.product(study.proxies, study.golds)
+        }
+        for budget, stratum in places.items():
+            for (proxy, gold), members in pooled.items():
                 value, found_VR = stratum.correlation(proxy, gold, unit)
                 found = (value, found_VR, len(stratum.names))
                 _row(study, statistic, [found], proxy=proxy, gold=gold, budget=budget)
                 if len(stratum.names) >= MIN_PLANS and np.isfinite(value):
-                    pooled.append(found)
-            _row(study, statistic, pooled, proxy=proxy, gold=gold, budget=ALL)
+                    members.append(found)
+            stratum.ranks.clear()
+        for (proxy, gold), members in pooled.items():
+            _row(study, statistic, members, proxy=proxy, gold=gold, budget=ALL)
     _reliabilities(study, {"reliability": strata, "reliability_near": near})
 
 
@@ -89,7 +95,9 @@ class _Stratum:
         else:
             items_RP = study.pooled[name].resampled(self.names)
         drawn = (point_P[self.drawn_RP], items_RP, np.take_along_axis(items_RP, self.drawn_RP, 1))
-        return unit(point_P[None]), [unit(each).astype(np.float32) for each in drawn]
+        # all pairs of plans in every resample would not fit in memory; fewer resamples still give the deviation
+        few = max(200, PAIRS // max(1, len(self.names) ** 2 // 2)) if unit is unit_signs else None
+        return unit(point_P[None]), [unit(each[:few]).astype(np.float32) for each in drawn]
 
 
 def _reliabilities(study: Study, kinds: dict[str, dict[str, _Stratum]]) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from bitalloc.analyses.power import only
 from bitalloc.analyses.study import Study
-from bitalloc.statistics import mcnemar_p
+from bitalloc.statistics import mcnemar_p, resample
 
 ALPHA = 0.05
 BETTER_PPL = 0.01  # share by which one plan's PPL must be below another's to call it better
@@ -29,9 +29,8 @@ def divergence(study: Study) -> None:
         study.add("divergence", "divergent_pairs", divergent, **place)
         study.add("divergence", "expected_by_chance", ALPHA / 2 * pairs, **place)
         if pairs:
-            drawn_RP = study.drawn(budget, len(names), of="pairs")
-            all_R, worse_R = (
-                each[drawn_RP[:, :, None], drawn_RP[:, None]].sum((1, 2)) for each in (better_PP, worse_PP)
-            )
+            counts_RP = resample(np.zeros(len(names)), study.settings.resamples, study.rng(f"pairs {budget}"))[0]
+            counts_RP = counts_RP.astype(float)
+            all_R, worse_R = ((counts_RP @ each * counts_RP).sum(1) for each in (better_PP, worse_PP))
             lo, hi = np.quantile(worse_R[all_R > 0] / all_R[all_R > 0], [ALPHA / 2, 1 - ALPHA / 2])
             study.add("divergence", "divergent_share", divergent / pairs, lo=float(lo), hi=float(hi), **place)

@@ -85,12 +85,23 @@ def page(width: float, height: float, path: Path) -> Iterator[Figure]:
 def headline(figure: Figure, sentence: str, footer: str, *, size: float = 12.5) -> tuple[float, float]:
     """Write the message above and the footer below, wrapped to the page; gives the room (bottom, top) left over."""
     width, height = figure.get_size_inches()
-    titled = textwrap.wrap(sentence, int(width * 72 / (0.6 * size)))
+    titled, noted = _wrapped(sentence, footer, width, size)
     figure.text(0.3 / width, 1 - 0.2 / height, "\n".join(titled), size=size, weight="bold", va="top", linespacing=1.3)
-    noted = textwrap.wrap(footer, int(width * 72 / (0.53 * 7.5)))
     figure.text(0.3 / width, 0.12 / height, "\n".join(noted), size=7.5, color=GREY, va="bottom", linespacing=1.35)
-    top = 0.3 + len(titled) * size * 1.45 / 72
-    return (0.22 + len(noted) * 7.5 * 1.45 / 72) / height, 1 - top / height
+    above, below = room(sentence, footer, width=width, size=size)
+    return below / height, 1 - above / height
+
+
+def room(sentence: str, footer: str, *, width: float = 13.5, size: float = 12.5) -> tuple[float, float]:
+    """Inches that `headline` takes above and below."""
+    titled, noted = _wrapped(sentence, footer, width, size)
+    return 0.3 + len(titled) * size * 1.45 / 72, 0.22 + len(noted) * 7.5 * 1.45 / 72
+
+
+def _wrapped(sentence: str, footer: str, width: float, size: float) -> tuple[list[str], list[str]]:
+    return textwrap.wrap(sentence, int(width * 72 / (0.6 * size))), textwrap.wrap(
+        footer, int(width * 72 / (0.53 * 7.5))
+    )
 
 
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> np.ndarray:

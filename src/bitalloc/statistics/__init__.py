@@ -11,7 +11,15 @@ from bitalloc.statistics.hypotheses import (
     mcnemar_p,
     two_sided_p,
 )
-from bitalloc.statistics.intervals import Estimate, fisher_interval, jackknife, mean_interval, share_interval, two_way
+from bitalloc.statistics.intervals import (
+    Estimate,
+    Z,
+    fisher_interval,
+    jackknife,
+    mean_interval,
+    share_interval,
+    two_way,
+)
 from bitalloc.statistics.ranks import kendall, reliability, rho_half_width, spearman, spearman_within
 from bitalloc.statistics.samples import ACCURACIES, MIN_CLUSTERS, Scores, accuracies, resample, split_items
 from bitalloc.statistics.selection import (
@@ -24,9 +32,34 @@ from bitalloc.statistics.selection import (
 )
 
 __all__ = [
-    "ACCURACIES", "MIN_CLUSTERS", "Estimate", "Scores", "accuracies", "benjamini_hochberg", "best_of",
-    "cross_fitted_regret", "detectable_points", "equivalence_p", "fisher_interval", "holm", "jackknife", "kendall",
-    "mcnemar_p", "mean_interval", "naive_regret", "overoptimisation_rows", "pressure", "reliability", "resample",
-    "rho_half_width", "share_interval", "spearman", "spearman_within", "split_items", "two_sided_p", "two_way",
+    "ACCURACIES",
+    "MIN_CLUSTERS",
+    "Estimate",
+    "Scores",
+    "Z",
+    "accuracies",
+    "benjamini_hochberg",
+    "best_of",
+    "cross_fitted_regret",
+    "detectable_points",
+    "equivalence_p",
+    "fisher_interval",
+    "holm",
+    "jackknife",
+    "kendall",
+    "mcnemar_p",
+    "mean_interval",
+    "naive_regret",
+    "overoptimisation_rows",
+    "pressure",
+    "reliability",
+    "resample",
+    "rho_half_width",
+    "share_interval",
+    "spearman",
+    "spearman_within",
+    "split_items",
+    "two_sided_p",
+    "two_way",
     "winners_curse",
 ]  # fmt: skip

@@ -72,12 +72,13 @@ def benjamini_hochberg(p: Sequence[float]) -> np.ndarray:
 
 
 def detectable_points(discordant: float, n: int) -> float:
-    """Smallest paired difference found with 80 % power at the 5 % level: 100 x 2.8 sqrt(q / n) points.
+    """Smallest paired difference found with 80 % power at the 5 % level: 100 x max(2.8 sqrt(q / n), 6 / n) points.
 
     q = share of items on which two plans differ; independent items assumed. 2.8 = z(.975) + z(.8); the variance of
-    a paired difference is at most q / n.
+    a paired difference is at most q / n. Fewer than 6 discordant items, even all of one kind, are not significant in
+    the exact test (2 / 2^5 = .0625).
 
-    >>> round(detectable_points(0.10, 1319), 1)
-    2.4
+    >>> round(detectable_points(0.10, 1319), 1), round(detectable_points(0.0, 50), 1)
+    (2.4, 12.0)
     """
-    return 100 * 2.8 * float(np.sqrt(discordant / n))
+    return 100 * float(max(2.8 * np.sqrt(discordant / n), 6 / n))

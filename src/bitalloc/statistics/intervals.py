@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import stdtrit
 
-LEVEL = 0.975
+LEVEL, Z = 0.975, 1.959964
 PSEUDO_ITEMS = 2.0  # one in favour of each side: variance that counts of discordant items lack when they are few
 EDGE = 1 - 1e-3  # artanh of a correlation of 1 is infinite
 
@@ -59,7 +59,7 @@ def share_interval(share: float, deviation: float, n: int) -> tuple[float, float
     >>> [round(end, 3) for share, deviation in three for end in share_interval(share, deviation, 100)]
     [0.0, 0.037, 0.055, 0.174, 0.032, 0.275]
     """
-    m, z = (min(n, share * (1 - share) / deviation**2) if deviation > 0 else n), quantile(np.inf)
+    m, z = (min(n, share * (1 - share) / deviation**2) if deviation > 0 else n), Z
     centre, half = share + z**2 / (2 * m), z * np.sqrt(share * (1 - share) / m + z**2 / (4 * m**2))
     lo, hi = (float(each) / (1 + z**2 / m) for each in (centre - half, centre + half))
     return max(0.0, lo), min(1.0, hi)
@@ -96,7 +96,8 @@ def two_way(plans_R: np.ndarray, items_R: np.ndarray, both_R: np.ndarray) -> flo
     >>> [round(float(s), 2) for s in (truth, both_R.std(), two_way(plans_R, items_R, both_R))]
     [0.3, 0.38, 0.31]
     """
-    plans, items, both = (float(np.var(each[np.isfinite(each)])) for each in (plans_R, items_R, both_R))
+    told = (each[np.isfinite(each)] for each in (plans_R, items_R, both_R))
+    plans, items, both = (float(np.var(each)) if len(each) else 0.0 for each in told)
     return float(np.sqrt(np.clip(2 * (plans + items) - both, max(plans, items), plans + items)))
 
 
