@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # snakemake imports every plugin at every start
 
 FOLDER, OUTPUT, DIGEST = "snakemake-folder", "snakemake-output", "snakemake-digest"
 SUBMITTERS = 8  # requests at once
+GATEWAY_ERRORS = {404, 405}  # of a creation: the way to the server is broken, not the job
 WAITING = {"", "Queueing", "Awaiting", "PendingRetry", "Starting"}  # for a place, an image: not paid by the minute yet
 
 
@@ -91,7 +92,7 @@ class Executor(RemoteExecutor):
 
     def _greet(self) -> None:
         """Find out what still runs here; without an answer there is no start."""
-        from .api import ApiError
+        from .api import ApiError, Refused
 
         end = time.monotonic() + self.site.stop_s
         while True:
@@ -99,7 +100,7 @@ class Executor(RemoteExecutor):
                 alive = [job for job in self._look(time.monotonic()) if job.alive]
                 break
             except ApiError as error:
-                if error.status in (401, 403) or time.monotonic() > end:
+                if isinstance(error, Refused) or error.status in (401, 403) or time.monotonic() > end:
                     raise WorkflowError(f"lepton: {error}; nothing was submitted") from None
             time.sleep(min(self.site.pause_s, 10))
         if alive:
@@ -211,9 +212,9 @@ class Executor(RemoteExecutor):
                         creating = not same
                         self._track(info, same[0].id if same else self.api.create(body), taken_over=bool(same))
                         return
-                except Refused as error:
-                    return self._failed(info, str(error))
                 except ApiError as error:
+                    if creating and isinstance(error, Refused) and error.status not in GATEWAY_ERRORS:
+                        return self._failed(info, str(error))
                     if creating:
                         self.doubt = time.monotonic() + self.site.settle_s
                         self.logger.warning(f"lepton: {error}; looking whether the job was created")

@@ -37,11 +37,13 @@ def single(tmp_path, standin) -> Toy:
 def test_a_workspace_that_fails_in_every_way_is_survived_and_no_one_learns_the_token(toy, standin):
     with toy.started() as head:
         wait_for(lambda: standin.requests, head)
-        standin.storm, standin.lost, standin.late = 2, 1, 1
+        standin.set(storm=2, lost=1, late=1)
         wait_for(lambda: at_work(toy), head)
-        standin.garbled, standin.storm = 1, 3
+        standin.spent("storm", "lost", "late")
+        standin.set(garbled=1, storm=3)
         next(iter(standin.jobs.values())).kill("Stopped")
         status = head.wait(60)
+    standin.spent("garbled", "storm")
     assert count(toy, status) == Outcome(status=0, leaked=0, doubles=0, lost=0, created=3)  # one was stopped
     assert "looking whether the job was created" in toy.output()
     assert "the API answers again" in toy.output()
