@@ -54,12 +54,12 @@ def main(repetitions: int, seed: int, only: str) -> int:
             "exit_status_due": due,
         }
         rows.append(row)
+        if not only:
+            place = Path(__file__).parent / "results/clusters.json"
+            place.write_text(json.dumps({"seed": seed, "faults": rows}, indent=1) + "\n")
         text = "none was to be done" if row["lost"] is None else row["lost"]
         status = ", ".join(map(str, row["exit_status"]))
         print(f"| {name} | {runs} | {row['leaked']} | {row['doubles']} | {text} | {status} |", flush=True)
-    if not only:
-        place = Path(__file__).parent / "results/clusters.json"
-        place.write_text(json.dumps({"repetitions": repetitions, "seed": seed, "faults": rows}, indent=1) + "\n")
     bad = [row for row in rows if row["leaked"] or row["doubles"] or row["lost"]]
     return int(bool(bad) or any(row["exit_status"] != [row["exit_status_due"]] for row in rows))
 

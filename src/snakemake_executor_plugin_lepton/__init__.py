@@ -6,6 +6,7 @@ inputs. A head that was killed and started again takes over what still runs unde
 anew it ends what writes the same files from other code. Labels are compared here; how the server filters is no matter.
 """
 
+import asyncio
 import hashlib
 import os
 import re
@@ -29,6 +30,7 @@ if TYPE_CHECKING:  # snakemake imports every plugin at every start
 
 FOLDER, OUTPUT, DIGEST = "snakemake-folder", "snakemake-output", "snakemake-digest"
 SUBMITTERS = 8  # requests at once
+GATEWAY_ERRORS = {404, 405}  # of a creation: the way to the server is broken, not the job
 WAITING = {"", "Queueing", "Awaiting", "PendingRetry", "Starting"}  # for a place, an image: not paid by the minute yet
 
 
@@ -63,8 +65,8 @@ class Executor(RemoteExecutor):
             self.api = Api(os.environ, self.site.timeout_s)
         except ValueError as error:
             raise WorkflowError(f"lepton: {error}") from None
-        self.label = _digest(str(self.folder))
         self.nonce = self._write_probe()
+        self.label = _digest(str(self.folder), self.nonce)  # other volumes are mounted at this path too
         self.submitted: dict[str, SubmittedJobInfo] = {}  # by id, until ended; active_jobs is empty during a check
         self.guard, self.looking = threading.Lock(), threading.Lock()
         self.seen: tuple[float, list[Job]] = (-1.0, [])  # when the last listing began, and its jobs of this folder
@@ -90,7 +92,7 @@ class Executor(RemoteExecutor):
 
     def _greet(self) -> None:
         """Find out what still runs here; without an answer there is no start."""
-        from .api import ApiError
+        from .api import ApiError, Refused
 
         end = time.monotonic() + self.site.stop_s
         while True:
@@ -98,7 +100,7 @@ class Executor(RemoteExecutor):
                 alive = [job for job in self._look(time.monotonic()) if job.alive]
                 break
             except ApiError as error:
-                if error.status in (401, 403) or time.monotonic() > end:
+                if isinstance(error, Refused) or error.status in (401, 403) or time.monotonic() > end:
                     raise WorkflowError(f"lepton: {error}; nothing was submitted") from None
             time.sleep(min(self.site.pause_s, 10))
         if alive:
@@ -108,7 +110,7 @@ class Executor(RemoteExecutor):
     def _interrupt(self, *_: Any) -> None:
         """Ctrl-C ends the run once; pressed again it must not keep the jobs from being stopped."""
         now = time.monotonic()
-        if self.ending.is_set() or now < self.interrupted + 5:
+        if not self.ended and (self.ending.is_set() or now < self.interrupted + 5):
             self.logger.info("lepton: jobs are being stopped; please wait")
         else:
             self.interrupted = now
@@ -153,7 +155,7 @@ class Executor(RemoteExecutor):
         info = SubmittedJobInfo(job, aux={"missing": 0})
         try:
             body, log = self._body(job)
-        except (SiteError, OSError) as error:
+        except (SiteError, OSError, TypeError, ValueError) as error:
             self.report_job_error(info, msg=f"lepton: {error}. ")
             return
         info.aux |= {"shape": body["spec"]["resource_shape"], "began": None}
@@ -210,9 +212,9 @@ class Executor(RemoteExecutor):
                         creating = not same
                         self._track(info, same[0].id if same else self.api.create(body), taken_over=bool(same))
                         return
-                except Refused as error:
-                    return self._failed(info, str(error))
                 except ApiError as error:
+                    if creating and isinstance(error, Refused) and error.status not in GATEWAY_ERRORS:
+                        return self._failed(info, str(error))
                     if creating:
                         self.doubt = time.monotonic() + self.site.settle_s
                         self.logger.warning(f"lepton: {error}; looking whether the job was created")
@@ -247,6 +249,9 @@ class Executor(RemoteExecutor):
             self._stop_doubles(listed)
         except ApiError:
             listed = None
+        except Exception as error:  # noqa: BLE001 - see above
+            self.logger.error(f"lepton: {error!r}")
+            listed = None
         for info in active_jobs:
             try:
                 runs = listed is None or self._runs(info, listed.get(info.external_jobid))
@@ -257,6 +262,12 @@ class Executor(RemoteExecutor):
                 runs = True
             if runs:
                 yield info
+
+    async def sleep(self) -> None:
+        """As long as between two status checks, or until the end has come."""
+        end = time.monotonic() + self.next_seconds_between_status_checks
+        while self.wait and (left := end - time.monotonic()) > 0:
+            await asyncio.sleep(min(left, 1))
 
     def _stop_doubles(self, listed: dict[str, "Job"]) -> None:
         """A creation that took effect after it was given up has made a second job for the same files."""

@@ -98,15 +98,17 @@ class Api:
 
     def jobs(self) -> list[Job]:
         """All jobs of the workspace that the server has not archived, whosever they are: compare labels here."""
-        found, page = [], 1
+        found: dict[str, Job] = {}
+        page = 1
         while True:
             answer = self._json("GET", f"/jobs?job_query_mode=alive_only&page={page}&page_size=500")
             items = answer.get("jobs") if isinstance(answer, dict) else answer
             if not isinstance(items, list):
                 raise ApiError("malformed answer: no list of jobs")
-            if not items:
-                return found
-            found += [_job(item) for item in items]
+            jobs = {job.id: job for job in map(_job, items)}
+            if jobs.keys() <= found.keys():  # an empty page, or a server that knows no pages
+                return list(found.values())
+            found |= jobs
             page += 1
 
     def get(self, job_id: str) -> Job | None:

@@ -40,15 +40,15 @@ def undisturbed(toy: Toy, share: float) -> int:
 
 
 def setting(**faults: object) -> Callable[[Toy, float], int]:
-    """The stand-in fails from the moment on at which snakemake has said hello."""
+    """The stand-in fails from the moment on at which snakemake has said hello, before it has created a job."""
 
     def run(toy: Toy, share: float) -> int:
         with toy.started() as head:
             wait_for(lambda: toy.standin.requests, head)
-            time.sleep(share)
-            for name, value in faults.items():
-                setattr(toy.standin, name, value)
-            return head.wait(90)
+            toy.standin.set(**faults)
+            status = head.wait(90)
+        toy.standin.spent(*faults)
+        return status
 
     return run
 
@@ -81,26 +81,38 @@ def killed_outside(state: str) -> Callable[[Toy, float], int]:
     return lambda toy, share: after_all_work(toy, lambda: kill(toy))
 
 
-def interrupted(toy: Toy, share: float, *, again: bool = False, **faults: object) -> int:
+def interrupted(toy: Toy, share: float, *, again: bool = False) -> int:
     """Ctrl-C at any moment; nothing may run then. The same command again finishes the work."""
     with toy.started() as head:
         time.sleep(share * toy.run_s)
-        for name, value in faults.items():
-            setattr(toy.standin, name, value)
         for _ in range(3 if again else 1):
             os.killpg(head.pid, signal.SIGINT)
             time.sleep(0.3)
         head.wait(60)
+    return _afterwards(toy)
+
+
+def _afterwards(toy: Toy) -> int:
     time.sleep(1 + toy.standin.late_s)
     toy.leaked = len(toy.standin.running())
-    for name in faults:
-        setattr(toy.standin, name, 0)
+    toy.standin.set(storm=0, lost=0, late=0, delay_s=0)
     toy.unlock()
     return toy.run()
 
 
 def interrupting(**faults: object) -> Callable[[Toy, float], int]:
-    return lambda toy, share: interrupted(toy, share, **faults)
+    """Ctrl-C within two seconds of the first request, while the API fails: around the creations."""
+
+    def run(toy: Toy, share: float) -> int:
+        with toy.started() as head:
+            wait_for(lambda: toy.standin.requests, head)
+            toy.standin.set(**faults)
+            time.sleep(share * 2)
+            os.killpg(head.pid, signal.SIGINT)
+            head.wait(60)
+        return _afterwards(toy)
+
+    return run
 
 
 def killed_head(toy: Toy, share: float, *, code: int | None = None, wait: bool = False) -> int:
@@ -140,6 +152,7 @@ FAULTS: dict[str, tuple[Callable[[Toy, float], int], int, bool]] = {
     "none": (undisturbed, 0, True),
     "8 consecutive 503": (setting(storm=8), 0, True),
     "8 consecutive 503 while jobs run": (storm_at_work, 0, True),
+    "8 consecutive 404 for everything": (setting(storm=8, storm_status=404), 0, True),
     "5 answers cut in the middle": (setting(garbled=5), 0, True),
     "answers of 2 creations lost": (setting(lost=2), 0, True),
     "2 creations take effect 1 s after the connection broke": (setting(late=2), 0, True),
@@ -148,12 +161,13 @@ FAULTS: dict[str, tuple[Callable[[Toy, float], int], int, bool]] = {
     "the listing is empty": (setting(unlisted=True), 0, True),
     "401 for 3 s while jobs run": (refused_at_work, 0, True),
     "401 from the start": (refused_from_the_start, 1, False),
+    "400 for every creation": (setting(reject=True), 1, False),
     "a job killed (Failed)": (killed_outside("Failed"), 0, True),
     "a job stopped by a colleague (Stopped)": (killed_outside("Stopped"), 0, True),
     "a job deleted by a colleague (404)": (killed_outside("Deleted"), 0, True),
     "the mount is not the head's": (elsewhere, 1, False),
     "Ctrl-C": (interrupted, 0, True),
-    "Ctrl-C three times": (interrupting(again=True), 0, True),
+    "Ctrl-C three times": (lambda toy, share: interrupted(toy, share, again=True), 0, True),
     "Ctrl-C, requests take 0.5 s": (interrupting(delay_s=0.5), 0, True),
     "Ctrl-C, 5 consecutive 503": (interrupting(storm=5), 0, True),
     "Ctrl-C, answers of 2 creations lost": (interrupting(lost=2), 0, True),

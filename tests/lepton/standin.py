@@ -20,6 +20,7 @@ from urllib.parse import parse_qs, urlsplit
 import psutil
 
 TOKEN = "secret-token-of-the-tests"
+COUNTERS = {"storm", "garbled", "lost", "late", "mute"}
 WORKSPACE = {
     "build_time": "now", "git_commit": "1.0.0", "workspace_name": "standin", "display_name": "standin",
     "workspace_tier": "basic", "workspace_state": "normal", "supported_shapes": {}, "workspace_disk_usage_bytes": 0,
@@ -117,13 +118,14 @@ class Standin:
         folder.mkdir(parents=True, exist_ok=True)
         self.lock = threading.Lock()
         self.queue_s, self.stop_s, self.delay_s = 0.05, 0.1, 0.0
-        self.storm = 0  # so many requests meet a 503
+        self.storm, self.storm_status = 0, 503  # so many requests meet this
         self.garbled = 0  # so many answers are cut in the middle
         self.lost = 0  # so many creations take effect, and their answers are lost
         self.late = 0  # so many creations take effect `late_s` after the connection broke
         self.late_s = 1.0
         self.mute = 0  # so many requests get no answer at all while the client waits
         self.refuse = False  # 401 for everything
+        self.reject = False  # 400 for every creation
         self.elsewhere = ""  # a folder that jobs do not find
         self.unlisted = False  # the listing forgets everything
         standin = self
@@ -145,6 +147,16 @@ class Standin:
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}/api/v2/workspaces/standin"
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def set(self, **faults: Any) -> None:
+        for name, value in faults.items():
+            assert hasattr(self, name)
+            setattr(self, name, value)
+
+    def spent(self, *faults: str) -> None:
+        """A fault that did not happen proves nothing: counters have to be at 0."""
+        left = {name: getattr(self, name) for name in COUNTERS.intersection(faults)}
+        assert not any(left.values()), f"not injected: {left}"
 
     def environment(self) -> dict[str, str]:
         return {"LEPTON_WORKSPACE_ID": "standin", "LEPTON_WORKSPACE_TOKEN": TOKEN, "LEPTON_WORKSPACE_URL": self.url}
@@ -196,7 +208,7 @@ class Standin:
         if self.refuse or request.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self._answer(request, 401, {"message": f"no access with {request.headers.get('Authorization')}"})
         if self._fault("storm"):
-            return self._answer(request, 503, {"message": "injected"})
+            return self._answer(request, self.storm_status, {"message": "injected"})
         if self._fault("mute"):
             time.sleep(5)
             request.close_connection = True
@@ -223,8 +235,8 @@ class Standin:
         if method == "GET" and path in fixed:
             return 200, fixed[path]
         if path == "/jobs" and method == "POST":
-            if not re.fullmatch(r"[a-z][a-z0-9-]{0,35}", body["metadata"]["id"]):
-                return 400, {"message": "bad name"}
+            if self.reject or not re.fullmatch(r"[a-z][a-z0-9-]{0,35}", body["metadata"]["id"]):
+                return 400, {"message": "bad name or no such shape"}
             return 201, self.create(body).answer()
         if path == "/jobs":
             page, count = int(query.get("page", ["1"])[0]), int(query.get("page_size", ["500"])[0])

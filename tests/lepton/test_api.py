@@ -6,10 +6,12 @@ import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
+from snakemake_executor_plugin_lepton import _content
 from snakemake_executor_plugin_lepton.api import Api, ApiError, Job, Refused
 from snakemake_executor_plugin_lepton.site import Shape, Site, SiteError, command, job_name
 
@@ -65,6 +67,18 @@ def test_only_what_is_known_to_have_ended_counts_as_ended(state, alive, succeede
     standin.jobs[name].state = state
     job = api.get(name)
     assert (job.alive, job.succeeded) == (alive, succeeded)
+
+
+@pytest.mark.parametrize("pages", [True, False])
+def test_all_jobs_are_listed_whether_or_not_the_server_knows_pages(pages, api, monkeypatch):
+    jobs = [{"metadata": {"id": f"job-{number}"}, "status": {"state": "Running"}} for number in range(3)]
+
+    def answer(_, path):
+        page = int(re.search("&page=([0-9]+)", path)[1])
+        return {"jobs": jobs[page - 1 : page] if pages else jobs}
+
+    monkeypatch.setattr(api, "_json", answer)
+    assert [job.id for job in api.jobs()] == ["job-0", "job-1", "job-2"]
 
 
 @pytest.mark.parametrize("fault", ["storm", "garbled", "mute", "refuse"])
@@ -195,6 +209,28 @@ def test_the_profile_and_its_site_file_are_of_the_right_form():
     site = Site.read(ROOT / "profiles/lepton" / profile["lepton-site"])
     assert site.shape(gpu=0, mem_mb=32_000) and site.shape(gpu=1, mem_mb=32_000)
     assert all(shape.usd_per_hour is None for shape in site.shapes)  # none is published: nobody may take one from here
+
+
+def test_what_a_job_writes_is_told_by_code_parameters_and_inputs(tmp_path):
+    script, data = tmp_path / "script.py", tmp_path / "data"
+    script.write_text("1")
+    data.write_text("1")
+    place = SimpleNamespace(join=lambda name: SimpleNamespace(get_path_or_uri=lambda secret_free: tmp_path / name))
+    rule = SimpleNamespace(
+        name="rule", run_func_src=None, script="script.py", notebook=None, wrapper=None, basedir=place
+    )
+    job = SimpleNamespace(
+        rule=rule, input=[str(data)], shellcmd=None, wildcards_dict={"n": "1"}, non_derived_params=[{"b", "a"}, 1]
+    )
+    before = _content(job)
+    assert _content(job) == before and "{" not in before[-3]  # sets have no order that two heads agree on
+    for change in (
+        lambda: script.write_text("2"), lambda: data.write_text("22"), lambda: job.non_derived_params.append(2),
+        lambda: job.wildcards_dict.update(n="2"),
+    ):  # fmt: skip
+        change()
+        assert _content(job) != before
+        before = _content(job)
 
 
 def test_the_plugin_stands_alone():

@@ -28,14 +28,22 @@ def toy(tmp_path, standin) -> Toy:
     return Toy(tmp_path / "project", standin)
 
 
+@pytest.fixture
+def single(tmp_path, standin) -> Toy:
+    """A workflow of one job, where one is enough."""
+    return Toy(tmp_path / "project", standin, jobs=1)
+
+
 def test_a_workspace_that_fails_in_every_way_is_survived_and_no_one_learns_the_token(toy, standin):
     with toy.started() as head:
         wait_for(lambda: standin.requests, head)
-        standin.storm, standin.lost, standin.late = 2, 1, 1
+        standin.set(storm=2, lost=1, late=1)
         wait_for(lambda: at_work(toy), head)
-        standin.garbled, standin.storm = 1, 3
+        standin.spent("storm", "lost", "late")
+        standin.set(garbled=1, storm=3)
         next(iter(standin.jobs.values())).kill("Stopped")
         status = head.wait(60)
+    standin.spent("garbled", "storm")
     assert count(toy, status) == Outcome(status=0, leaked=0, doubles=0, lost=0, created=3)  # one was stopped
     assert "looking whether the job was created" in toy.output()
     assert "the API answers again" in toy.output()
@@ -46,22 +54,20 @@ def test_a_workspace_that_fails_in_every_way_is_survived_and_no_one_learns_the_t
     assert gpu == "gpu.a10"
 
 
-def test_ctrl_c_pressed_thrice_in_an_outage_leaves_no_job(toy, standin):
-    with toy.started() as head:
-        wait_for(lambda: at_work(toy), head)
+def test_ctrl_c_pressed_thrice_in_an_outage_leaves_no_job(single, standin):
+    with single.started() as head:
+        wait_for(lambda: at_work(single), head)
         standin.storm = 3
         for _ in range(3):
             os.killpg(head.pid, signal.SIGINT)
             time.sleep(0.2)
         assert head.wait(60) != 0
     wait_for(lambda: not standin.running())
-    assert standin.states() == ["Stopped"] * 2
+    assert standin.states() == ["Stopped"]
 
 
-def test_ctrl_c_while_a_creation_takes_effect_late_leaves_no_job(toy, standin):
-    toy.jobs = 1
-    toy.write(code=1)
-    with toy.started() as head:
+def test_ctrl_c_while_a_creation_takes_effect_late_leaves_no_job(single, standin):
+    with single.started() as head:
         standin.late = 1
         wait_for(standin.bodies, head)
         os.killpg(head.pid, signal.SIGINT)
@@ -70,23 +76,23 @@ def test_ctrl_c_while_a_creation_takes_effect_late_leaves_no_job(toy, standin):
     wait_for(lambda: not standin.running())
 
 
-def test_jobs_that_could_not_be_stopped_are_named_and_taken_over_later(toy, standin):
-    (toy.folder / "hold").touch()
-    site = yaml.safe_load((toy.folder / "site.yaml").read_text())
-    (toy.folder / "site.yaml").write_text(yaml.safe_dump({**site, "stop_s": 1}))
-    with toy.started() as head:
-        wait_for(lambda: at_work(toy), head)
+def test_jobs_that_could_not_be_stopped_are_named_and_taken_over_later(single, standin):
+    (single.folder / "hold").touch()
+    site = yaml.safe_load((single.folder / "site.yaml").read_text())
+    (single.folder / "site.yaml").write_text(yaml.safe_dump({**site, "stop_s": 1}))
+    with single.started() as head:
+        wait_for(lambda: at_work(single), head)
         standin.refuse = True
         os.killpg(head.pid, signal.SIGINT)
         assert head.wait(60) != 0
     standin.refuse = False
-    [line] = [line for line in toy.output().splitlines() if "they may still run" in line]
+    [line] = [line for line in single.output().splitlines() if "they may still run" in line]
     assert "HTTP 401" in line and all(job in line for job in standin.jobs)
-    with toy.started() as head:
-        wait_for(lambda: toy.output().count("taken over from an earlier run") == 2, head)
-        (toy.folder / "hold").unlink()
+    with single.started() as head:
+        wait_for(lambda: "taken over from an earlier run" in single.output(), head)
+        (single.folder / "hold").unlink()
         status = head.wait(60)
-    assert count(toy, status) == Outcome(status=0, leaked=0, doubles=0, lost=0, created=2)
+    assert count(single, status) == Outcome(status=0, leaked=0, doubles=0, lost=0, created=1)
 
 
 def test_killed_and_run_again_it_takes_jobs_over_unless_their_code_has_changed(toy, standin):
@@ -110,19 +116,19 @@ def test_killed_and_run_again_it_takes_jobs_over_unless_their_code_has_changed(t
     assert [(toy.folder / f"out-{n}").read_text() for n in range(2)] == ["1\n", "2\n"]
 
 
-def test_a_mount_that_is_not_the_heads_is_one_line_and_not_tried_again(toy, standin):
-    standin.elsewhere = str(toy.folder)
-    assert toy.run() == 1
-    assert len(standin.jobs) == toy.jobs
-    [line] = {line.strip() for line in toy.output().splitlines() if "is not the folder of the head" in line}
-    assert f"{toy.folder} is not the folder of the head; mount one shared file system" in line
+def test_a_mount_that_is_not_the_heads_is_one_line_and_not_tried_again(single, standin):
+    standin.elsewhere = str(single.folder)
+    assert single.run() == 1
+    assert len(standin.jobs) == single.jobs
+    [line] = {line.strip() for line in single.output().splitlines() if "is not the folder of the head" in line}
+    assert f"{single.folder} is not the folder of the head; mount one shared file system" in line
 
 
-def test_a_token_that_is_refused_is_one_line_and_nothing_begins(toy, standin):
+def test_a_token_that_is_refused_is_one_line_and_nothing_begins(single, standin):
     standin.refuse = True
-    assert toy.run() == 1
-    assert "lepton: GET /jobs: HTTP 401, the token is refused; nothing was submitted" in toy.output()
-    assert "Traceback" not in toy.output() and TOKEN not in toy.output()
+    assert single.run() == 1
+    assert "lepton: GET /jobs: HTTP 401, the token is refused; nothing was submitted" in single.output()
+    assert "Traceback" not in single.output() and TOKEN not in single.output()
     assert not standin.bodies()
 
 
