@@ -96,6 +96,16 @@ def test_rank_is_worth_its_bytes_only_where_intervals_lie_apart(read):
         assert says in prose(written(read, **gain(read | changed, paper.BITS, **bits)))
 
 
+@pytest.mark.parametrize(
+    ("lo", "hi", "says"), [(-2, -1, "Joint plans are ahead"), (1, 2, "Bits alone are"), (-1, 1, "cannot")]
+)
+def test_differences_paired_by_window_go_first(read, lo, hi, says):
+    place = {"control": "bits_only", "task": "world/report", "metric": "nll_nats_per_token", "budget": "2.6bpw"}
+    controls = pd.DataFrame([place | {"value": (lo + hi) / 2, "lo": lo, "hi": hi}])
+    text = prose(written(read, controls=controls))
+    assert says in text and "paired window by window" in text
+
+
 def test_every_cell_of_the_plans_and_every_refusal_is_in_it(read):
     text = written(read)
     row = read["evaluate"].query("plan == 'optimal-2.8bpw' and metric == 'ppl' and task == 'world/report'").iloc[0]

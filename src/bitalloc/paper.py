@@ -37,8 +37,13 @@ def paper(
     captions: Mapping[str, str],
     authors: Sequence[str] = (),
     success: pd.DataFrame | None = None,
+    controls: pd.DataFrame | None = None,
 ) -> str:
-    """Tables of their names -> LaTeX. `sentences` sum up GOODHART; `captions`: name of a figure -> its caption."""
+    """Tables of their names -> LaTeX. `sentences` sum up GOODHART; `captions`: name of a figure -> its caption.
+
+    `controls`: joint plans against bits alone, paired by window (budget, control, task, metric, value, lo, hi), if
+    that was compared; else their gains over uniform are.
+    """
     whole = grids.stands_on(gates)
     reached = grids.success(goodhart, law) if success is None else success
     analyses = dict(grids.goodhart_grids(goodhart, whole, whole=False))
@@ -61,7 +66,7 @@ def paper(
             ),
             "law": _law(law, gates),
             "uniform": _against_uniform(goodhart),
-            "rank": _joint_or_bits(goodhart),
+            "rank": _paired(controls) if controls is not None else _joint_or_bits(goodhart),
             "truth": _truth(goodhart),
             "limits": _limits(goodhart, gates),
             "analyses": {name: grid for name, grid in analyses.items() if name not in TOLD},
@@ -72,8 +77,8 @@ def paper(
                 "gains": grids.gains_grid(goodhart, whole),
                 "law": grids.law_grid(law, whole),
                 "tasks": _tasks(evaluate),
-                "correlations": _pooled(goodhart, "spearman", "gold", 2),
-                "regrets": _pooled(goodhart, "regret_points", "gold", 1),
+                "correlations": _pooled(goodhart, "correlation", "spearman", 2),
+                "regrets": _pooled(goodhart, "regret", "regret_points", 1),
             },
         },
     )
@@ -97,7 +102,7 @@ def _setup(
     return {
         "weights": f"{int((claimed['rows'] * claimed['columns']).sum()):,}",
         "matrices": len(claimed),
-        "blocks": claimed["block"].nunique(),
+        "blocks": claimed.loc[claimed["block"] >= 0, "block"].nunique(),
         "quantizers": sorted(offered["quantizer"].unique()),
         **{name: sorted(offered[name].unique()) for name in ("bits", "group_size", "rank")},
         "options": len(sweep.drop_duplicates(["quantizer", "bits", "group_size", "rank"])),
@@ -155,7 +160,20 @@ def _joint_or_bits(goodhart: pd.DataFrame) -> dict[str, Any]:
         word = "joint" if a["lo"] > b["hi"] else "bits" if b["lo"] > a["hi"] else "overlap"
         told = f"{budget} (joint {grids.estimate(a, 1)}, bits alone {grids.estimate(b, 1)} %)"
         found[word].append(told)
-    return {**found, "known": any(found.values())}
+    return {**found, "known": any(found.values()), "paired": False}
+
+
+def _paired(controls: pd.DataFrame) -> dict[str, Any]:
+    """The same from differences, joint less bits alone, on the first corpus."""
+    rows = controls[
+        (controls["control"] == BITS) & (controls["metric"] == "nll_nats_per_token") & controls["lo"].notna()
+    ]
+    rows = rows[rows["task"] == (rows["task"].iloc[0] if len(rows) else "")]
+    found: dict[str, list[str]] = {"joint": [], "bits": [], "overlap": []}
+    for row in rows.to_dict("records"):
+        word = "joint" if row["hi"] < 0 else "bits" if row["lo"] > 0 else "overlap"
+        found[word].append(f"{row['budget']} ({grids.estimate(row, 3)})")
+    return {**found, "known": any(found.values()), "paired": True}
 
 
 def _gains(goodhart: pd.DataFrame, strategy: str) -> dict[str, dict[str, Any]]:
@@ -170,8 +188,8 @@ def _proxy(goodhart: pd.DataFrame) -> str:
 
 def _truth(goodhart: pd.DataFrame) -> dict[str, list[str]]:
     """Tasks that PPL ranks plans as, or contrary to, over all budgets; tasks that leave it open, or say nothing."""
-    rows = goodhart[(goodhart["statistic"] == "spearman") & (goodhart["budget"] == ALL)]
-    rows = rows[rows["proxy"] == _proxy(goodhart)]
+    rows = goodhart[(goodhart["analysis"] == "correlation") & (goodhart["statistic"] == "spearman")]
+    rows = rows[(rows["budget"] == ALL) & (rows["gold"] != ALL) & (rows["proxy"] == _proxy(goodhart))]
     told = rows[(rows["status"] == "ok") & rows["lo"].notna()]
     return {
         "agree": told.loc[told["hi"] < 0, "gold"].tolist(),
@@ -208,11 +226,12 @@ def _tasks(evaluate: pd.DataFrame) -> Grid:
     return Grid(("task", "suite", "items", "chance", "unquantised", "status"), cells, caption)
 
 
-def _pooled(goodhart: pd.DataFrame, statistic: str, name: str, digits: int) -> Grid:
+def _pooled(goodhart: pd.DataFrame, analysis: str, statistic: str, digits: int) -> Grid:
     """One row a task, one column a proxy, over all budgets."""
-    rows = goodhart[(goodhart["statistic"] == statistic) & (goodhart["budget"] == ALL)]
+    rows = goodhart[(goodhart["analysis"] == analysis) & (goodhart["statistic"] == statistic)]
+    rows = rows[rows["budget"] == ALL]
     columns = list(dict.fromkeys(rows["proxy"]))
-    cells = rows.set_index([name, "proxy"])
+    cells = rows.set_index(["gold", "proxy"])
 
     def cell(task: str, proxy: str) -> str:
         if (task, proxy) not in cells.index:
@@ -220,5 +239,5 @@ def _pooled(goodhart: pd.DataFrame, statistic: str, name: str, digits: int) -> G
         row = cells.loc[(task, proxy)]
         return grids.estimate(row, digits) if row["status"] == "ok" else str(row["status"])
 
-    found = [(task, *(cell(task, proxy) for proxy in columns)) for task in dict.fromkeys(rows[name])]
+    found = [(task, *(cell(task, proxy) for proxy in columns)) for task in dict.fromkeys(rows["gold"])]
     return Grid(("task", *(proxy.replace("nll:", "PPL ") for proxy in columns)), found)

@@ -5,7 +5,7 @@ Every number here is a cell of a table, rounded.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,8 @@ from bitalloc.errors import BitallocError
 from bitalloc.statistics import accuracies
 
 REFERENCE, BEST, ALL = "reference", "best", "all"
-PROBES = ("random", "component")  # strategies whose plans are a pool, not an answer
+PROBES = ("random", "component", "leaked")  # strategies whose plans ask something, and are no answer
+UNKNOWN = "not measured"
 HEADER = ("plan", "on disk", "bits a weight", "PPL", "KL")
 LEVELS = ("minimal", "target", "stretch")
 PPL_GAIN = (3.0, 5.0, 15.0)  # percent over uniform at equal bytes, at least
@@ -96,51 +97,76 @@ def plans_grid(plans: pd.DataFrame, evaluate: pd.DataFrame, checkpoints: pd.Data
 
 
 # ---- what was reached
+CRITERIA = {
+    "ppl_gain_percent": "PPL gain of best over uniform",
+    "accuracy_drop_points": "accuracy that best loses, worst task",
+    "r2_log": "R\u00b2 of log error",
+    "r2_loo": "R\u00b2 of log error, each option left out",
+}
 SUCCESS_NOTE = "Reached: by the value. Certainly: by the unfavourable end of the 95 % interval too."
 
 
 def success(goodhart: pd.DataFrame, law: pd.DataFrame) -> pd.DataFrame:
-    """The criteria with their thresholds, what was measured, and the level reached, from GOODHART and LAW."""
+    """The criteria with their levels, what was measured, and the level reached, from GOODHART and LAW."""
     best = goodhart[(goodhart["analysis"] == "gain") & (goodhart["proxy"] == BEST)]
     found = []
     gains = best[best["statistic"] == "ppl_gain_percent"]
-    for row in gains[gains["gold"] == (gains["gold"].iloc[0] if len(gains) else "")].itertuples():
-        found.append(_criterion(f"PPL gain of best over uniform at {row.budget}", "%", PPL_GAIN, row, row.n))
+    for row in gains[gains["gold"] == (gains["gold"].iloc[0] if len(gains) else "")].to_dict("records"):
+        corpus = row["gold"].removeprefix("ppl:")
+        found.append(_criterion("ppl_gain_percent", (row["budget"], corpus), "%", PPL_GAIN, row))
     drops = best[(best["statistic"] == "accuracy_points_vs_reference") & (best["status"] != "floor")]
     # without tasks, agreement with the reference on the corpora stands in their place: no accuracy
     drops = drops[~("ppl:" + drops["gold"]).isin(best["gold"])]
     for budget, part in drops.groupby("budget", sort=False):
         worst = part.loc[part["value"].idxmin()]
-        lost = pd.Series({"value": -worst["value"], "lo": -worst["hi"], "hi": -worst["lo"]})
-        name = f"accuracy that best loses at {budget}, worst task ({worst['gold']})"
-        found.append(_criterion(name, "points", DROP, lost, worst["n"]))
+        lost = {"value": -worst["value"], "lo": -worst["hi"], "hi": -worst["lo"], "n": worst["n"]}
+        found.append(_criterion("accuracy_drop_points", (str(budget), worst["gold"]), "points", DROP, lost))
     r2 = law[(law["scope"] == "pooled") & (law["statistic"] == "r2_log") & law["value"].notna()]
     if len(r2):
-        row = r2.loc[r2["value"].idxmax()]
-        found.append(_criterion(f"R\u00b2 of log error, {row['form']} law", "", R2, row, row["n"]))
-    columns = ["criterion", "unit", *(f"threshold_{level}" for level in LEVELS), "value", "lo", "hi", "level"]
-    return pd.DataFrame(found, columns=[*columns, "level_certain", "n"])
+        row = r2.loc[r2["value"].idxmax()].to_dict()
+        found.append(_criterion("r2_log", (ALL, row["form"]), "1", R2, row))
+    return pd.DataFrame(found, columns=SUCCESS)
 
 
-def _criterion(name: str, unit: str, thresholds: Sequence[float], interval: Any, n: int) -> tuple:
+SUCCESS = [
+    "criterion",
+    "budget",
+    "gold",
+    "unit",
+    "comparison",
+    *LEVELS,
+    "value",
+    "lo",
+    "hi",
+    "n",
+    "level",
+    "level_sure",
+]
+
+
+def _criterion(
+    name: str, place: tuple[str, str], unit: str, thresholds: Sequence[float], row: Mapping[str, Any]
+) -> tuple:
     falling = thresholds[0] > thresholds[-1]
-    ends = (interval.value, interval.hi if falling else interval.lo)
+    ends = (row["value"], row["hi"] if falling else row["lo"])
     reached = [[end <= each if falling else end >= each for each in thresholds] for end in ends]
     levels = [LEVELS[sum(each) - 1] if any(each) else "none" for each in reached]
-    return (name, unit, *thresholds, interval.value, interval.lo, interval.hi, *levels, n)
+    measured = (row["value"], row["lo"], row["hi"], row["n"])
+    return (name, *place, unit, "<=" if falling else ">=", *thresholds, *measured, *levels)
 
 
 def success_grid(success: pd.DataFrame, stands_on: str = "") -> Grid:
-    """SUCCESS as it heads the report; thresholds that rise are lower bounds, those that fall upper ones."""
-    header = ("criterion", "measured", "reached", "certainly", *LEVELS, "n")
+    """SUCCESS as it heads the report."""
+    header = ("criterion", "budget", "on", "measured", "reached", "certainly", *LEVELS, "n")
     rows = []
     for row in success.to_dict("records"):
-        bounds = [row[f"threshold_{level}"] for level in LEVELS]
-        sign = "\u2264" if bounds[0] > bounds[-1] else "\u2265"
-        unit = f" {row['unit']}" if row["unit"] else ""
-        told = [f"{sign} {bound:g}{unit}" if np.isfinite(bound) else "-" for bound in bounds]
-        measured = estimate(row, 1 if unit else 3, unit)
-        rows.append((row["criterion"], measured, row["level"], row["level_certain"], *told, str(row["n"])))
+        sign = {"<=": "\u2264", ">=": "\u2265"}.get(row["comparison"], row["comparison"])
+        unit = "" if row["unit"] == "1" else f" {row['unit']}"
+        told = [f"{sign} {row[level]:g}{unit}" for level in LEVELS]
+        measured = estimate(row, 1 if unit else 3, unit) if np.isfinite(row["value"]) else row.get("status", UNKNOWN)
+        name = CRITERIA.get(row["criterion"], row["criterion"].replace("_", " "))
+        place = ("" if row[name] == ALL else row[name] for name in ("budget", "gold"))
+        rows.append((name, *place, measured, row["level"], row["level_sure"], *told, str(row["n"])))
     return Grid(header, rows, SUCCESS_NOTE, stands_on)
 
 
@@ -152,7 +178,7 @@ def estimate(row: Any, digits: int, unit: str = "") -> str:
     """
     value, lo, hi = (float(row.get(end, np.nan)) for end in ("value", "lo", "hi"))
     if not np.isfinite(value):
-        return "not measured"
+        return UNKNOWN
     shown = [f"{round(each, digits) + 0.0:.{digits}f}" for each in (value, lo, hi)]
     return shown[0] + (f" [{shown[1]}, {shown[2]}]" if np.isfinite([lo, hi]).all() else "") + unit
 
