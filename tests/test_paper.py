@@ -71,7 +71,7 @@ def test_no_number_stands_in_the_prose_of_the_template():
     ("ends", "says"),
     [
         ({"value": 43.21, "lo": 40.01, "hi": 46.02}, ["bits are suboptimal at every budget", "43.2 [40.0, 46.0]"]),
-        ({"value": -43.21, "lo": -46.02, "hi": -40.01}, ["not seen to be suboptimal", "chosen plan is worse than uniform"]),
+        ({"value": -43.21, "lo": -46.02, "hi": -40.01}, ["not seen to be suboptimal", "is worse than uniform"]),
         ({"value": 1.0, "lo": -1.0, "hi": 3.0}, ["not seen to be suboptimal", "The interval covers no difference at"]),
     ],
     ids=["better", "worse", "open"],
