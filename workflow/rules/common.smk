@@ -23,7 +23,16 @@ from bitalloc.sweep import units
 # the maths library takes fewer threads on a busy machine unless told not to, and then last digits differ
 os.environ.setdefault("MKL_DYNAMIC", "FALSE")
 
-PRODUCTS = ["goodhart.png", "report.md", "report.html", "paper/main.tex", "domains.png", "sensitivity.png", "errors.png", "law.png"]
+PRODUCTS = [
+    "goodhart.png",
+    "report.md",
+    "report.html",
+    "paper/main.tex",
+    "domains.png",
+    "sensitivity.png",
+    "errors.png",
+    "law.png",
+]
 
 
 def checked(function):
