@@ -57,7 +57,8 @@ def gain(read, strategy, **ends):
 
 
 def test_no_number_stands_in_the_prose_of_the_template():
-    body = prose(re.sub(r"<<.*?>>|<%.*?%>|<#.*?#>", "", TEMPLATE, flags=re.S))
+    blocks, _, rest = re.sub(r"<<.*?>>|<%.*?%>|<#.*?#>", "", TEMPLATE, flags=re.S).partition(r"\documentclass")
+    body = blocks + prose(rest)
     body = re.sub(r"\\\[.*?\\\]|\$[^$]*\$|\\\w+(\[[^]]*\])?", "", body)
     assert len(body) > 2000
     assert re.findall(r"[^ ]*\d[^ ]*", body) == []
@@ -69,9 +70,9 @@ def test_no_number_stands_in_the_prose_of_the_template():
 @pytest.mark.parametrize(
     ("ends", "says"),
     [
-        ({"value": 43.21, "lo": 40.01, "hi": 46.02}, ["On this model it is, at every budget", "43.2 [40.0, 46.0]"]),
-        ({"value": -43.21, "lo": -46.02, "hi": -40.01}, ["Not as far as can be seen", "It is worse than uniform at"]),
-        ({"value": 1.0, "lo": -1.0, "hi": 3.0}, ["Not as far as can be seen", "The interval covers no difference at"]),
+        ({"value": 43.21, "lo": 40.01, "hi": 46.02}, ["bits are suboptimal at every budget", "43.2 [40.0, 46.0]"]),
+        ({"value": -43.21, "lo": -46.02, "hi": -40.01}, ["not seen to be suboptimal", "is worse than uniform"]),
+        ({"value": 1.0, "lo": -1.0, "hi": 3.0}, ["not seen to be suboptimal", "The interval covers no difference at"]),
     ],
     ids=["better", "worse", "open"],
 )  # fmt: skip
@@ -79,7 +80,7 @@ def test_prose_follows_the_cells(read, ends, says):
     text = prose(written(read, **gain(read, paper.BEST, **ends)))
     for words in says:
         assert words in text.replace(r"\,\%", " %").replace("$-$", "-")
-    conclusions = {"better": "Uniform is suboptimal on this model at every", "worse": "budgets they are worse",
+    conclusions = {"better": "Uniform bits are suboptimal on this model at every", "worse": "budgets they are worse",
                    "open": "On this model uniform will do"}  # fmt: skip
     found = [word for word, sentence in conclusions.items() if sentence in text]
     assert found == ["better" if ends["lo"] > 0 else "worse" if ends["hi"] < 0 else "open"]

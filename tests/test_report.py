@@ -117,17 +117,20 @@ def test_the_page_tells_perplexity_by_protocol(results):
 
 def test_the_page_is_headed_by_the_levels_and_links_figures_with_their_captions(results):
     text = page(results)
-    assert text.startswith("# tiny\n\n## What was reached\n\n| criterion | measured | reached | certainly |")
+    head = "# tiny\n\n## What was reached\n\n| criterion | budget | on | measured | reached | certainly | minimal |"
+    assert text.startswith(head)
     assert "![goodhart](goodhart.png)\n\n![law](law.png)\n\nOf the law.\n" in text and "4 of 6 checks say GO" in text
     row = "| 0.995 [0.975, 1.000] | stretch | stretch | ≥ 0.6 | ≥ 0.8 | ≥ 0.9 | 28 |"
-    assert f"| R² of log error, in sample (multiplicative) {row}" in text
+    assert f"| R² of log error, in sample |  | multiplicative {row}" in text
 
 
 def test_what_was_not_measured_is_a_row_that_says_why(results):
     bare = empty(tables.GOODHART, [])
     text = page(results, law=law().iloc[:0], goodhart=bare, success=success(results, bare, law=law().iloc[:0]))
-    assert "| PPL gain of best over uniform at 2.6bpw | no uniform plan to compare with | none | none | ≥ 3 % |" in text
-    assert "| R² of log error, in sample (multiplicative) | not defined | none | none | ≥ 0.6 |" in text
+    assert (
+        "| PPL gain of best over uniform | 2.6bpw |  | no uniform plan to compare with | none | none | ≥ 3 % |" in text
+    )
+    assert "| R² of log error, in sample |  | multiplicative | not defined | none | none | ≥ 0.6 |" in text
 
 
 @pytest.fixture

@@ -73,8 +73,8 @@ def paper(
                 "gains": grids.gains_grid(goodhart, whole),
                 "law": grids.law_grid(law, whole),
                 "tasks": _tasks(evaluate),
-                "correlations": _pooled(goodhart, "spearman", "gold", 2),
-                "regrets": _pooled(goodhart, "regret_points", "gold", 1),
+                "correlations": _pooled(goodhart, "correlation", "spearman", 2),
+                "regrets": _pooled(goodhart, "regret", "regret_points", 1),
             },
         },
     )
@@ -98,7 +98,7 @@ def _setup(
     return {
         "weights": f"{int((claimed['rows'] * claimed['columns']).sum()):,}",
         "matrices": len(claimed),
-        "blocks": claimed["block"].nunique(),
+        "blocks": claimed.loc[claimed["block"] >= 0, "block"].nunique(),
         "quantizers": sorted(offered["quantizer"].unique()),
         **{name: sorted(offered[name].unique()) for name in ("bits", "group_size", "rank")},
         "options": len(sweep.drop_duplicates(["quantizer", "bits", "group_size", "rank"])),
@@ -170,8 +170,8 @@ def _proxy(goodhart: pd.DataFrame) -> str:
 
 def _truth(goodhart: pd.DataFrame) -> dict[str, list[str]]:
     """Tasks that PPL ranks plans as, or contrary to, over all budgets; tasks that leave it open, or say nothing."""
-    rows = goodhart[(goodhart["statistic"] == "spearman") & (goodhart["budget"] == ALL)]
-    rows = rows[rows["proxy"] == _proxy(goodhart)]
+    rows = goodhart[(goodhart["analysis"] == "correlation") & (goodhart["statistic"] == "spearman")]
+    rows = rows[(rows["budget"] == ALL) & (rows["gold"] != ALL) & (rows["proxy"] == _proxy(goodhart))]
     told = rows[(rows["status"] == "ok") & rows["lo"].notna()]
     return {
         "agree": told.loc[told["hi"] < 0, "gold"].tolist(),
@@ -208,11 +208,12 @@ def _tasks(evaluate: pd.DataFrame) -> Grid:
     return Grid(("task", "suite", "items", "chance", "unquantised", "status"), cells, caption)
 
 
-def _pooled(goodhart: pd.DataFrame, statistic: str, name: str, digits: int) -> Grid:
+def _pooled(goodhart: pd.DataFrame, analysis: str, statistic: str, digits: int) -> Grid:
     """One row a task, one column a proxy, over all budgets."""
-    rows = goodhart[(goodhart["statistic"] == statistic) & (goodhart["budget"] == ALL)]
+    rows = goodhart[(goodhart["analysis"] == analysis) & (goodhart["statistic"] == statistic)]
+    rows = rows[rows["budget"] == ALL]
     columns = list(dict.fromkeys(rows["proxy"]))
-    cells = rows.set_index([name, "proxy"])
+    cells = rows.set_index(["gold", "proxy"])
 
     def cell(task: str, proxy: str) -> str:
         if (task, proxy) not in cells.index:
@@ -220,5 +221,5 @@ def _pooled(goodhart: pd.DataFrame, statistic: str, name: str, digits: int) -> G
         row = cells.loc[(task, proxy)]
         return grids.estimate(row, digits) if row["status"] == "ok" else str(row["status"])
 
-    found = [(task, *(cell(task, proxy) for proxy in columns)) for task in dict.fromkeys(rows[name])]
+    found = [(task, *(cell(task, proxy) for proxy in columns)) for task in dict.fromkeys(rows["gold"])]
     return Grid(("task", *(proxy.replace("nll:", "PPL ") for proxy in columns)), found)

@@ -12,7 +12,7 @@ import pytest
 from bitalloc import tables
 
 from ..browser import LOOK, complaints, opened, requests
-from .conftest import TARGETS, Project
+from .conftest import ROOT, TARGETS, Project
 
 pytestmark = [pytest.mark.workflow, pytest.mark.xdist_group("workflow")]
 
@@ -44,6 +44,14 @@ def test_a_browser_shows_every_figure_of_the_page_and_asks_for_nothing(finished,
         seen = evaluate(LOOK)
         assert len(seen["widths"]) == 6 and min(seen["widths"]) > 500 and all(seen["visible"]) and seen["overflow"] <= 0
     assert complaints(events) == [] and requests(events) == {page.resolve().as_uri()}
+
+
+def test_snakemakes_own_report_has_our_captions(finished, tmp_path):
+    status, output = finished.run("results/tiny/report.html", "--report", str(tmp_path / "run.html"))
+    assert status == 0, output
+    told = " ".join((tmp_path / "run.html").read_text().split())
+    for name in ("goodhart", "domains", "sensitivity", "errors", "law", "report"):
+        assert " ".join((ROOT / f"workflow/report/{name}.rst").read_text().split())[:40] in told
 
 
 def test_the_paper_is_written_from_the_tables_and_compiles(project):

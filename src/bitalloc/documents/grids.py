@@ -106,16 +106,17 @@ CRITERIA = {
 
 def success_grid(success: pd.DataFrame) -> Grid:
     """SUCCESS as it heads the pages, with the verdicts that its rows stand on."""
-    header = ("criterion", "measured", "reached", "certainly", *LEVELS, "n")
+    header = ("criterion", "budget", "on", "measured", "reached", "certainly", *LEVELS, "n")
     rows = []
     for row in success.to_dict("records"):
         unit = "" if row["unit"] == "1" else f" {row['unit']}"
         sign = {">=": "\u2265", "<=": "\u2264"}[row["comparison"]]
-        place = "" if row["budget"] == ALL else f" at {row['budget']}"
-        name = f"{CRITERIA[row['criterion']]}{place}" + ("" if row["gold"] == ALL else f" ({row['gold']})")
+        place = ("" if row[name] == ALL else row[name] for name in ("budget", "gold"))
         measured = estimate(row, 1 if unit else 3, unit) if row["status"] == "ok" else row["status"]
         bounds = [f"{sign} {row[level]:g}{unit}" for level in LEVELS]
-        rows.append((name, measured, row["level"], row["level_sure"], *bounds, str(row["n"])))
+        rows.append(
+            (CRITERIA[row["criterion"]], *place, measured, row["level"], row["level_sure"], *bounds, str(row["n"]))
+        )
     return Grid(header, rows, SUCCESS_NOTE, "; ".join(dict.fromkeys(success["verdicts"])))
 
 

@@ -32,7 +32,9 @@ def render(template: str, values: Mapping[str, Any]) -> str:
         undefined=StrictUndefined, keep_trailing_newline=True,
         finalize=lambda value: value if isinstance(value, Latex) else Latex(escape(str(value))),
     )  # fmt: skip
-    environment.filters |= {each.__name__: each for each in (table, longtable, figure, names, code)}
+    environment.filters |= {each.__name__: each for each in (table, longtable, figure, names, code)} | {
+        "latex": lambda text: Latex(text.strip())
+    }
     return environment.from_string(template).render(values)
 
 
@@ -44,7 +46,7 @@ def escape(text: str) -> Latex:
     >>> print(escape("{a\\b}^~"), escape("世界"))
     \{a\textbackslash{}b\}\textasciicircum{}\textasciitilde{} ??
     """
-    spelled = (_SPECIAL.get(sign, sign if ord(sign) < 256 else "?") for sign in text)
+    spelled = (_SPECIAL.get(sign, sign if ord(sign) < 256 else "?") for sign in text.replace("+-", "±"))
     # a minus before a number is no hyphen, and a number keeps its sign of percent
     escaped = re.sub(r"(?<![\w-])-(?=\d)", lambda _: "$-$", "".join(spelled))
     return Latex(re.sub(r"(?<=[\d\]]) \\%", r"\\,\\%", escaped))
