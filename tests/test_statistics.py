@@ -20,6 +20,7 @@ from bitalloc.statistics import (
     resample,
     spearman,
     split_items,
+    units_drawn,
     winners_curse,
 )
 
@@ -51,11 +52,11 @@ def test_spearman_equals_scipy_with_ties(pairs):
 def test_resamples_keep_their_size_and_whole_clusters():
     rng = np.random.default_rng(0)
     few, many = np.repeat(range(4), 25), np.repeat(range(20), 5)
-    counts, units = resample(few, 50, rng)
-    assert units == 100
+    counts = resample(few, 50, rng)
+    assert units_drawn(few) == 100
     assert (counts.reshape(50, 4, 25).sum(2) == 25).all()  # strata keep their size
-    counts, units = resample(many, 50, rng)
-    assert units == 20
+    counts = resample(many, 50, rng, np.uint8)
+    assert units_drawn(many) == 20 and counts.dtype == np.uint8
     counts = counts.reshape(50, 20, 5)
     assert (counts == counts[:, :, :1]).all() and (counts[:, :, 0].sum(1) == 20).all()
 

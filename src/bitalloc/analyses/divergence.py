@@ -29,8 +29,7 @@ def divergence(study: Study) -> None:
         study.add("divergence", "divergent_pairs", divergent, **place)
         study.add("divergence", "expected_by_chance", ALPHA / 2 * pairs, **place)
         if pairs:
-            counts_RP = resample(np.zeros(len(names)), study.settings.resamples, study.rng(f"pairs {budget}"))[0]
-            counts_RP = counts_RP.astype(float)
+            counts_RP = resample(np.zeros(len(names)), study.settings.resamples, study.rng(f"pairs {budget}"))
             all_R, worse_R = ((counts_RP @ each * counts_RP).sum(1) for each in (better_PP, worse_PP))
             lo, hi = np.quantile(worse_R[all_R > 0] / all_R[all_R > 0], [ALPHA / 2, 1 - ALPHA / 2])
             study.add("divergence", "divergent_share", divergent / pairs, lo=float(lo), hi=float(hi), **place)

@@ -25,6 +25,7 @@ from bitalloc.statistics import (
     mean_interval,
     resample,
     split_items,
+    units_drawn,
 )
 from bitalloc.statistics.intervals import PSEUDO_ITEMS
 from bitalloc.tables import GOODHART
@@ -154,8 +155,9 @@ class Study:
             raise BitallocError(f"responses: the plans have no item of {name} in common; rerun evaluate")
         key = (name, np.isfinite(whole.of(plans)).all(0).tobytes())
         if key not in self._samples:
-            counts_RI, units = resample(shared.group_I, self.settings.resamples, self.rng(name))
-            self._samples[key] = Sample(shared, counts_RI, units)
+            # a byte a count: 14,000 items x 2,000 resamples fit in memory
+            counts_RI = resample(shared.group_I, self.settings.resamples, self.rng(name), np.uint8)
+            self._samples[key] = Sample(shared, counts_RI, units_drawn(shared.group_I))
         return self._samples[key]
 
     def halves(self, name: str, sample: Sample) -> np.ndarray:

@@ -21,7 +21,7 @@ from bitalloc.statistics.intervals import (
     two_way,
 )
 from bitalloc.statistics.ranks import kendall, reliability, rho_half_width, spearman, spearman_within
-from bitalloc.statistics.samples import ACCURACIES, MIN_CLUSTERS, Scores, accuracies, resample, split_items
+from bitalloc.statistics.samples import ACCURACIES, MIN_CLUSTERS, Scores, accuracies, resample, split_items, units_drawn
 from bitalloc.statistics.selection import (
     best_of,
     cross_fitted_regret,
@@ -60,6 +60,6 @@ __all__ = [
     "spearman_within",
     "split_items",
     "two_sided_p",
-    "two_way",
+    "two_way", "units_drawn",
     "winners_curse",
 ]  # fmt: skip
