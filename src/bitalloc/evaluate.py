@@ -117,7 +117,8 @@ def evaluate(
     points = settings.pool_points if any(subject.pool for subject in subjects.values()) else None
     cost.check(table, ceiling_hours=settings.ceiling_hours, points=points)
 
-    progress = Progress("evaluate", sum(work.tokens for name in mine for work in works[name]), unit="tokens")
+    left = sum(work.tokens - work.stored for name in mine for work in works[name])
+    progress = Progress("evaluate", left, unit="tokens")
     bench.expect({name: subjects[name] for name in mine})
     rows, statistics, protocols, chances = [], [], {}, {}
     for name in mine:
@@ -132,6 +133,15 @@ def evaluate(
     return summarise(responses, protocols, chances, whole, resamples=settings.resamples, seed=seed), responses
 
 
+def estimate(
+    *, plans: Mapping[str, pd.DataFrame | Path], pool: Collection[str] = (), rerun: bool = False, **given: Any
+) -> pd.DataFrame:
+    """COST of what `evaluate` would do; nothing is scored but the few batches that tell the rate."""
+    bench = open_bench(**given)
+    subjects = bench.subjects(plans, pool=pool, rerun=rerun)
+    return bench.cost(subjects, {name: bench.works(subject) for name, subject in subjects.items()})
+
+
 def open_bench(
     *,
     tokens: pd.DataFrame,
@@ -139,6 +149,7 @@ def open_bench(
     device: torch.device,
     settings: config.Evaluate,
     suites: Sequence[str] | None = None,
+    remote_code: bool = False,
     **given: Any,
 ) -> Bench:
     """The bench of these suites over the windows of `split`; arguments as those of `evaluate`."""
@@ -147,7 +158,7 @@ def open_bench(
         if name not in SUITES:
             raise BitallocError(f"unknown suite {name!r} in evaluate.suites: {nearest(name, SUITES)}")
     windows = Windows(tokens[tokens["split"] == split], batch=settings.batch, device=device, stride=settings.stride)
-    return Bench(windows=windows, suites=names, settings=settings, **given)
+    return Bench(windows=windows, suites=names, settings=settings, remote_code=remote_code, **given)
 
 
 class Bench:
