@@ -390,11 +390,13 @@ class Bench:
         suite and task, `chances` by suite, task and metric.
         """
         windows, fresh = self.windows_of(subject), any(work.stored < work.tokens for work in works)
-        reference = None
+        reference = reference_head = None
         if "divergence" in self.suites:
-            reference = self.reference() if any(w.suite == "windows" and w.stored < w.tokens for w in works) else {}
+            unread = any(work.suite == "windows" and work.stored < work.tokens for work in works)
+            reference = self.reference() if unread else {}
+            reference_head = self.reference_head if unread else None
         if fresh:
-            self.put_on(subject)
+            self.put_on(subject)  # after what needs the reference's weights
         scored = Scored(
             self.model if fresh else None,
             self.head if fresh else None,
@@ -402,7 +404,7 @@ class Bench:
             self.items_of(subject),
             reference,
             reference if windows is self.windows and not subject.weights else None,
-            self.reference_head if fresh else None,
+            reference_head,
             harness=self.harness if "downstream" in self.suites else None,
             memory=self.memory(subject, progress),
             limit=self.limit(subject),
@@ -450,7 +452,10 @@ def summarise(
     draws = {"resamples": resamples, "seed": seed}
     rows, floors = [], set()
     every = pd.concat([responses, divergence.flips(responses, REFERENCE)])
-    for (plan, suite, task, metric), part in every.groupby(["plan", "suite", "task", "metric"], sort=False):
+    groups = every.groupby(["plan", "suite", "task", "metric"], sort=False)
+    progress = Progress("evaluate", groups.ngroups, unit="intervals")
+    for (plan, suite, task, metric), part in groups:
+        progress.advance(note=plan)
         found = {metric: intervals.mean(part["value"], part["weight"], part["group"], **draws)}
         if metric in _DERIVED:
             mean, (name, function) = found[metric], _DERIVED[metric]
