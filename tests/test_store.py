@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitalloc.errors import BitallocError
-from bitalloc.store import Store, _Lock, digest, write_atomically
+from bitalloc.store import Ledger, Store, _Lock, digest, write_atomically
 from tests.permissions import bound
 
 JSON = st.recursive(
@@ -230,3 +230,28 @@ def test_a_store_that_cannot_be_written_is_read_and_refuses_in_one_line(shard):
     for line, place in zip(lines[1:], (store.path(digest("more")), store.root / "locks"), strict=True):
         assert line.startswith(f"BitallocError cannot write {place}")
         assert "Permission denied; free space or fix permissions" in line
+
+
+def test_a_ledger_has_every_batch_that_was_finished_and_heals(tmp_path, capsys):
+    store, key = Store(tmp_path), digest("plan and task")
+    assert Ledger(store, key).records == {}
+    first, second = Ledger(store, key), Ledger(store, key)  # two runs with the same work
+    first.add({"a": {"nll": 0.1}, "b": {"nll": 0.2}})
+    second.add({"c": {"nll": 0.3}})
+    whole = {name: {"nll": value} for name, value in (("a", 0.1), ("b", 0.2), ("c", 0.3))}
+    assert Ledger(store, key).records == whole
+    with first.path.open("ab") as file:
+        file.write(b'{"records":{"d":')  # killed while it wrote
+    assert Ledger(store, key).records == whole
+    assert f"1 of 3 batches in {first.path} are damaged; their items are computed again" in capsys.readouterr().err
+    first.add({"d": {"nll": 0.4}})
+    first.path.write_bytes(first.path.read_bytes().replace(b"0.2", b"0.7"))
+    assert sorted(Ledger(store, key).records) == ["c", "d"]  # a batch stands or falls as a whole
+    assert "1 of 3" in capsys.readouterr().err
+    assert sorted(Ledger(store, key).records) == ["c", "d"] and not capsys.readouterr().err
+
+
+def test_a_ledger_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "store").write_text("a file")
+    with pytest.raises(BitallocError, match=r"cannot write .*jsonl: .*; free space or fix permissions, then rerun"):
+        Ledger(Store(tmp_path / "store"), digest("x")).add({})

@@ -117,7 +117,8 @@ def evaluate(
     points = settings.pool_points if any(subject.pool for subject in subjects.values()) else None
     cost.check(table, ceiling_hours=settings.ceiling_hours, points=points)
 
-    progress = Progress("evaluate", sum(work.tokens for name in mine for work in works[name]), unit="tokens")
+    left = sum(work.tokens - work.stored for name in mine for work in works[name])
+    progress = Progress("evaluate", left, unit="tokens")
     bench.expect({name: subjects[name] for name in mine})
     rows, statistics, protocols, chances = [], [], {}, {}
     for name in mine:
@@ -132,6 +133,15 @@ def evaluate(
     return summarise(responses, protocols, chances, whole, resamples=settings.resamples, seed=seed), responses
 
 
+def estimate(
+    *, plans: Mapping[str, pd.DataFrame | Path], pool: Collection[str] = (), rerun: bool = False, **given: Any
+) -> pd.DataFrame:
+    """COST of what `evaluate` would do; nothing is scored but the few batches that tell the rate."""
+    bench = open_bench(**given)
+    subjects = bench.subjects(plans, pool=pool, rerun=rerun)
+    return bench.cost(subjects, {name: bench.works(subject) for name, subject in subjects.items()})
+
+
 def open_bench(
     *,
     tokens: pd.DataFrame,
@@ -139,6 +149,7 @@ def open_bench(
     device: torch.device,
     settings: config.Evaluate,
     suites: Sequence[str] | None = None,
+    remote_code: bool = False,
     **given: Any,
 ) -> Bench:
     """The bench of these suites over the windows of `split`; arguments as those of `evaluate`."""
@@ -147,7 +158,7 @@ def open_bench(
         if name not in SUITES:
             raise BitallocError(f"unknown suite {name!r} in evaluate.suites: {nearest(name, SUITES)}")
     windows = Windows(tokens[tokens["split"] == split], batch=settings.batch, device=device, stride=settings.stride)
-    return Bench(windows=windows, suites=names, settings=settings, **given)
+    return Bench(windows=windows, suites=names, settings=settings, remote_code=remote_code, **given)
 
 
 class Bench:
@@ -379,11 +390,13 @@ class Bench:
         suite and task, `chances` by suite, task and metric.
         """
         windows, fresh = self.windows_of(subject), any(work.stored < work.tokens for work in works)
-        reference = None
+        reference = reference_head = None
         if "divergence" in self.suites:
-            reference = self.reference() if any(w.suite == "windows" and w.stored < w.tokens for w in works) else {}
+            unread = any(work.suite == "windows" and work.stored < work.tokens for work in works)
+            reference = self.reference() if unread else {}
+            reference_head = self.reference_head if unread else None
         if fresh:
-            self.put_on(subject)
+            self.put_on(subject)  # after what needs the reference's weights
         scored = Scored(
             self.model if fresh else None,
             self.head if fresh else None,
@@ -391,7 +404,7 @@ class Bench:
             self.items_of(subject),
             reference,
             reference if windows is self.windows and not subject.weights else None,
-            self.reference_head if fresh else None,
+            reference_head,
             harness=self.harness if "downstream" in self.suites else None,
             memory=self.memory(subject, progress),
             limit=self.limit(subject),
@@ -439,7 +452,10 @@ def summarise(
     draws = {"resamples": resamples, "seed": seed}
     rows, floors = [], set()
     every = pd.concat([responses, divergence.flips(responses, REFERENCE)])
-    for (plan, suite, task, metric), part in every.groupby(["plan", "suite", "task", "metric"], sort=False):
+    groups = every.groupby(["plan", "suite", "task", "metric"], sort=False)
+    progress = Progress("evaluate", groups.ngroups, unit="intervals")
+    for (plan, suite, task, metric), part in groups:
+        progress.advance(note=plan)
         found = {metric: intervals.mean(part["value"], part["weight"], part["group"], **draws)}
         if metric in _DERIVED:
             mean, (name, function) = found[metric], _DERIVED[metric]

@@ -29,6 +29,35 @@ rule evaluate_select:
         "../../scripts/evaluate_select.py"
 
 
+rule evaluate_cost:
+    input:
+        compress=passed("compress"),
+        allocate="results/{model}/gates/allocate.json",
+        checkpoint="results/{model}/checkpoint.json",
+        inventory="results/{model}/inventory.parquet",
+        moments="results/{model}/moments.parquet",
+        embeddings=embeddings,
+        tokens="results/{model}/tokens.parquet",
+        items_table="results/{model}/items.parquet",
+        plans="results/{model}/plans.parquet",
+        folder="results/{model}/plans",
+        checkpoints="results/{model}/checkpoints.parquet",
+    output:
+        "results/{model}/cost.parquet",
+    log:
+        "logs/{model}/evaluate_cost.log",
+    conda:
+        "../../envs/bitalloc.yaml"
+    threads: threads_shared
+    resources:
+        gpu=gpu,
+    params:
+        settings=section("evaluate", "sweep", "store", "device", "seed"),
+        code=code("evaluate"),
+    script:
+        "../../scripts/evaluate_cost.py"
+
+
 rule evaluate:
     input:
         compress=passed("compress"),

@@ -296,7 +296,10 @@ class Memory:
     """
 
     def __init__(self, store: Store | None = None, identity: Any = None, progress: Progress | None = None) -> None:
-        """`identity`: all that an answer depends on but item and suite. Without a store nothing is kept."""
+        """`identity`: all that an answer depends on but item and suite; `progress` counts tokens of what is scored.
+
+        Without a store nothing is kept.
+        """
         self.store, self.identity, self.progress = store, identity, progress
 
     def known(self, place: Any) -> dict[str, JSON]:
@@ -317,9 +320,6 @@ class Memory:
         ledger = self._ledger(place) if self.store else None
         records = ledger.records if ledger else {}
         missing = [item for item, key in enumerate(keys) if key not in records]
-        found = sum(sizes) - sum(sizes[item] for item in missing)
-        if self.progress and found:
-            self.progress.advance(found, cached=True)
         for batch in score(missing) if missing else ():
             fresh = {keys[item]: record for item, record in batch.items()}
             if ledger:

@@ -16,7 +16,7 @@ from bitalloc.errors import BitallocError
 from bitalloc.store import JSON, digest
 from bitalloc.suites.scoring import Reading, Responses, Scored, batches, check_finite, compare, hidden, total
 
-BATCH = 64  # items whose answers are kept at once
+BATCH = 256  # items whose answers are kept at once: short ones, which fill few passes
 
 PROTOCOL = {
     True: "multiple choice: largest summed log-probability of the continuation; margin to the best wrong one",
