@@ -191,11 +191,11 @@ def test_random_plans_are_asked_a_subset_and_the_others_everything(bench: Small,
     frame, responses = run(bench, plans, tmp_path, settings=settings, pool=pool)
     counts = responses[responses["metric"] == "acc"].groupby(["plan", "task"])["item"].unique()
     assert set(counts["random-0", "say"]) == set(counts["random-1", "say"]) < set(counts["p", "say"])
-    assert [len(counts[plan, "choose"]) for plan in ("reference", "p", "random-0")] == [12, 12, 5]  # .2 (2.8 / .6)^2
+    assert [len(counts[plan, "choose"]) for plan in ("reference", "p", "random-0")] == [12, 12, 10]  # 6 / .6
     nll = responses[responses["metric"] == "nll_nats_per_token"].groupby("plan").size()
     assert set(nll) == {12}  # windows are cheap: everybody reads all
     told = frame[frame["metric"] == "acc"].set_index(["plan", "task"])["protocol"]
-    assert "; 5 of 12 items, drawn by seed 0; 95 %" in told["random-0", "say"]
+    assert "; 10 of 12 items, drawn by seed 0; 95 %" in told["random-0", "say"]
     assert "items" not in told["p", "say"]
     assert value(frame, "random-0", "flips", "say") >= 0
 
