@@ -137,6 +137,7 @@ TASKS = {
 }  # fmt: skip
 OTHER = (1_000, 100)  # of a task that is not among them
 WORLD_TOKENS = 60
+COMPONENT = 12  # plans of the arm `component`: six steps of two components
 WRITTEN = {"gsm8k"}
 FLOPS, BANDWIDTH, UTILISATION = 71e12, 936e9, 0.4  # a card of 24 GB (RTX 3090), published; the share is a guess
 
@@ -150,6 +151,7 @@ def plan(settings: config.Config, parameters: float) -> tuple[pd.DataFrame, str]
     evaluate, allocate, retrieve = settings.evaluate, settings.allocate, settings.retrieve
     budgets = len(allocate.budgets)
     named = 1 + evaluate.rerun + budgets * (len(allocate.strategies) + 1)  # and `best`
+    named += budgets * ("leaked" in allocate.arms) + COMPONENT * ("component" in allocate.arms)
     works: list[tuple[str, Work]] = []
     for role, plans in ((NAMED, named), (POOL, budgets * allocate.pool)):
         limit = math.inf
