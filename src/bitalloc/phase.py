@@ -169,7 +169,7 @@ def _shape(
     """The rows of all matrices of one kind and shape together."""
     first, costs = matrices.iloc[0], ["cost_bits_only", "cost_with_rank", "cost_joint"]
     bits_ML, rank_ML, joint_ML = (matrices[name].to_numpy(float).reshape(-1, len(level_L)) for name in costs)
-    count_RM, _ = resample(np.zeros(len(bits_ML)), resamples, np.random.default_rng(seed))
+    count_RM = resample(np.zeros(len(bits_ML)), resamples, np.random.default_rng(seed))
 
     def share(part_ML: Array) -> Array:
         """[3, L] part / bits over all matrices, and the ends of its interval if they are several."""
@@ -247,11 +247,11 @@ def _paired(responses: pd.DataFrame, joint: str, alone: str, resamples: int, see
             )
         weight_I = part.drop_duplicates("item").set_index("item").loc[wide.columns, "weight"].to_numpy(float)
         difference_I = (wide.loc[joint] - wide.loc[alone]).to_numpy(float)
-        count_RI, units = resample(
+        count_RI = resample(
             np.zeros(len(weight_I)), resamples, np.random.default_rng([seed, *str(task).encode()])
         )
         drawn_R = (count_RI @ (weight_I * difference_I)) / (count_RI @ weight_I)
-        found = mean_interval(float(np.average(difference_I, weights=weight_I)), drawn_R, units)
+        found = mean_interval(float(np.average(difference_I, weights=weight_I)), drawn_R, len(weight_I))
         means = {plan: float(np.average(wide.loc[plan], weights=weight_I)) for plan in (joint, alone)}
         yield {
             "task": task, "metric": metric, "joint": means[joint], "alone": means[alone], "value": found.value,

@@ -13,7 +13,6 @@ from bitalloc.statistics.hypotheses import (
 )
 from bitalloc.statistics.intervals import (
     Estimate,
-    Z,
     fisher_interval,
     jackknife,
     mean_interval,
@@ -36,7 +35,6 @@ __all__ = [
     "MIN_CLUSTERS",
     "Estimate",
     "Scores",
-    "Z",
     "accuracies",
     "benjamini_hochberg",
     "best_of",
