@@ -247,9 +247,7 @@ def _paired(responses: pd.DataFrame, joint: str, alone: str, resamples: int, see
             )
         weight_I = part.drop_duplicates("item").set_index("item").loc[wide.columns, "weight"].to_numpy(float)
         difference_I = (wide.loc[joint] - wide.loc[alone]).to_numpy(float)
-        count_RI = resample(
-            np.zeros(len(weight_I)), resamples, np.random.default_rng([seed, *str(task).encode()])
-        )
+        count_RI = resample(np.zeros(len(weight_I)), resamples, np.random.default_rng([seed, *str(task).encode()]))
         drawn_R = (count_RI @ (weight_I * difference_I)) / (count_RI @ weight_I)
         found = mean_interval(float(np.average(difference_I, weights=weight_I)), drawn_R, len(weight_I))
         means = {plan: float(np.average(wide.loc[plan], weights=weight_I)) for plan in (joint, alone)}
