@@ -29,35 +29,6 @@ rule evaluate_select:
         "../../scripts/evaluate_select.py"
 
 
-rule evaluate_cost:
-    input:
-        compress=passed("compress"),
-        allocate="results/{model}/gates/allocate.json",
-        checkpoint="results/{model}/checkpoint.json",
-        inventory="results/{model}/inventory.parquet",
-        moments="results/{model}/moments.parquet",
-        embeddings=embeddings,
-        tokens="results/{model}/tokens.parquet",
-        items_table="results/{model}/items.parquet",
-        plans="results/{model}/plans.parquet",
-        folder="results/{model}/plans",
-        checkpoints="results/{model}/checkpoints.parquet",
-    output:
-        "results/{model}/cost.parquet",
-    log:
-        "logs/{model}/evaluate_cost.log",
-    conda:
-        "../../envs/bitalloc.yaml"
-    threads: threads_shared
-    resources:
-        gpu=gpu,
-    params:
-        settings=section("evaluate", "sweep", "store", "device", "seed"),
-        code=code("evaluate"),
-    script:
-        "../../scripts/evaluate_cost.py"
-
-
 rule evaluate:
     input:
         compress=passed("compress"),
@@ -86,6 +57,13 @@ rule evaluate:
         code=code("evaluate"),
     script:
         "../../scripts/evaluate.py"
+
+
+use rule evaluate as evaluate_cost with:
+    output:
+        cost="results/{model}/cost.parquet",
+    log:
+        "logs/{model}/evaluate_cost.log",
 
 
 rule evaluate_merge:
