@@ -178,6 +178,19 @@ def test_of_many_that_clear_a_void_lock_away_one_gets_it(tmp_path):
         assert not list(tmp_path.iterdir())
 
 
+def test_one_that_was_killed_while_it_cleared_a_lock_away_does_not_stop_the_others(tmp_path, monkeypatch):
+    path, guard = tmp_path / "lock", tmp_path / ".lock.clearing"
+    path.write_text("")
+    guard.touch()
+    lock = _Lock(path)
+    assert not lock.take() and not lock.take() and guard.exists()
+    monkeypatch.setattr("bitalloc.store.STALE_S", 0)
+    assert not lock.take() and not guard.exists()
+    assert not lock.take() and lock.take()
+    lock.release()
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_a_killed_process_left_goes_with_the_next_attempt_and_nothing_else(tmp_path):
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         process.wait()

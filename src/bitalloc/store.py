@@ -218,7 +218,7 @@ class _Lock:
 
     def __init__(self, path: Path) -> None:
         self.path, self.mine = path, canonical([_machine(), os.getpid(), _started(os.getpid()), uuid4().hex])
-        self._seen: tuple[tuple[str, float], float] | None = None  # another's lock, and since when it looks so
+        self._seen: dict[str, tuple[tuple[str, float], float]] = {}  # what others hold, and since when it looks so
         self._over = threading.Event()
 
     def take(self) -> bool:
@@ -247,23 +247,41 @@ class _Lock:
                 os.utime(self.path)
 
     def _clear(self) -> None:
+        """Remove the lock if it is void. Who clears holds a guard and looks again, so the next holder's stays."""
+        if not self._void("lock", _content(self.path)):
+            return
+        guard = self.path.with_name(f".{self.path.name}.clearing")
         try:
-            with self.path.open() as file:  # opening asks the server; a path alone may be told from a cache
-                found = file.read(), os.fstat(file.fileno()).st_mtime
-        except FileNotFoundError:
+            guard.touch(exist_ok=False)
+        except FileExistsError:
+            if self._void("guard", _content(guard)):  # its maker was killed in between
+                guard.unlink(missing_ok=True)
             return
+        try:
+            if self._void("lock", _content(self.path)):
+                self.path.unlink()
+        finally:
+            guard.unlink(missing_ok=True)
+
+    def _void(self, what: str, found: tuple[str, float] | None) -> bool:
+        """Whether nobody holds this: the process is known to be gone, or it has looked the same for too long."""
+        if found is None:
+            return False
         now = time.monotonic()
-        if self._seen is None or self._seen[0] != found:
-            self._seen = found, now
-        if not (_gone(found[0]) or now - self._seen[1] > STALE_S):
-            return
-        grave = self.path.with_name(f".{self.path.name}.{uuid4().hex}.tmp")
-        with suppress(FileNotFoundError):
-            os.rename(self.path, grave)  # of several that clear, one succeeds
-            if grave.read_text() != found[0]:  # and that one has met the next holder's lock
-                with suppress(FileExistsError):
-                    os.link(grave, self.path)
-            grave.unlink()
+        seen, since = self._seen.get(what, (None, now))
+        if seen != found:
+            since = now
+        self._seen[what] = found, since
+        return (what == "lock" and _gone(found[0])) or now - since > STALE_S
+
+
+def _content(path: Path) -> tuple[str, float] | None:
+    """What a lock says and when it was renewed, as the server has it; None where there is none."""
+    try:
+        with path.open() as file:  # opening asks the server; a path alone may be told from a cache
+            return file.read(), os.fstat(file.fileno()).st_mtime
+    except FileNotFoundError:
+        return None
 
 
 def _machine() -> str:
