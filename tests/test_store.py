@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitalloc.errors import BitallocError
-from bitalloc.store import Ledger, Store, _Lock, digest, write_atomically
+from bitalloc.lock import Lock
+from bitalloc.store import Ledger, Store, digest, write_atomically
 from tests.permissions import bound
 
 JSON = st.recursive(
@@ -124,7 +125,7 @@ def held(tmp_path):
 
 def taken(store) -> bool:
     """Whether the lock can be had at once, or once a void one has been cleared away."""
-    lock = _Lock(store.root / "locks" / f"{digest('work')[:24]}.lock")
+    lock = Lock(store.root / "locks" / f"{digest('work')[:24]}.lock")
     got = lock.take() or lock.take()
     if got:
         lock.release()
@@ -132,7 +133,7 @@ def taken(store) -> bool:
 
 
 def test_a_lock_lasts_as_long_as_its_process_and_not_longer(tmp_path, held, monkeypatch):
-    monkeypatch.setattr("bitalloc.store.STALE_S", 60)
+    monkeypatch.setattr("bitalloc.lock.STALE_S", 60)
     assert not taken(Store(tmp_path))
     os.kill(held.pid, signal.SIGSTOP)
     assert not taken(Store(tmp_path))
@@ -143,8 +144,8 @@ def test_a_lock_lasts_as_long_as_its_process_and_not_longer(tmp_path, held, monk
 
 
 def test_a_lock_of_another_machine_is_void_once_it_does_not_change(tmp_path, held, monkeypatch):
-    monkeypatch.setattr("bitalloc.store._machine", lambda: "another machine")
-    lock = _Lock(tmp_path / "locks" / f"{digest('work')[:24]}.lock")
+    monkeypatch.setattr("bitalloc.lock._machine", lambda: "another machine")
+    lock = Lock(tmp_path / "locks" / f"{digest('work')[:24]}.lock")
     for waited, beat in ((0, False), (59, False), (61, True), (122, False)):
         monkeypatch.setattr("time.monotonic", lambda waited=waited: 1000.0 + waited)
         if beat:
@@ -160,7 +161,7 @@ def test_of_many_that_clear_a_void_lock_away_one_gets_it(tmp_path):
     path = tmp_path / "lock"
     for _ in range(20):
         path.write_text("")
-        locks, got = [_Lock(path) for _ in range(4)], []
+        locks, got = [Lock(path) for _ in range(4)], []
 
         def race(lock, got=got):
             for _ in range(3):
@@ -182,9 +183,9 @@ def test_one_that_was_killed_while_it_cleared_a_lock_away_does_not_stop_the_othe
     path, guard = tmp_path / "lock", tmp_path / ".lock.clearing"
     path.write_text("")
     guard.touch()
-    lock = _Lock(path)
+    lock = Lock(path)
     assert not lock.take() and not lock.take() and guard.exists()
-    monkeypatch.setattr("bitalloc.store.STALE_S", 0)
+    monkeypatch.setattr("bitalloc.lock.STALE_S", 0)
     assert not lock.take() and not guard.exists()
     assert not lock.take() and lock.take()
     lock.release()
