@@ -134,6 +134,17 @@ def test_few_plans_and_no_tasks_still_give_a_table():
     assert any(each.startswith("At equal bytes") for each in sentences) and "agree " not in " ".join(sentences)
 
 
+def test_strata_of_other_sizes_are_pooled_though_large_ones_have_fewer_resamples_of_tau(monkeypatch):
+    monkeypatch.setattr("bitalloc.analyses.correlation.PAIRS", 40_000)
+    results = simulate(pool=8, items=40)
+    results.plans = results.plans.drop(results.plans.index[results.plans["plan"].str.startswith("random-2.6bpw")][:2])
+    found = run(results, Analyze(resamples=400, folds=2))
+    place = {"statistic": "kendall", "proxy": "nll:world", "gold": "facts"}
+    assert one(found, budget="2.6bpw", **place)["n"] < one(found, budget="3.3bpw", **place)["n"]
+    pooled = one(found, budget="all", **place)
+    assert pooled["lo"] < pooled["value"] < pooled["hi"]
+
+
 def test_perplexity_alone_still_gives_a_table():
     alone = simulate(pool=2, slopes={})
     alone.responses = alone.responses[alone.responses["suite"] == "perplexity"]

@@ -50,7 +50,9 @@ def _row(study: Study, statistic: str, strata: list[tuple], **place: str) -> Non
     row: dict[str, Any] = {**place, "n": sum(n for *_, n in strata)}
     value = float(np.mean([value for value, *_ in strata])) if strata else np.nan
     if row["n"] >= MIN_PLANS:
-        row["lo"], row["hi"] = fisher_interval(value, *np.mean([each for _, each, _ in strata], axis=0), n=row["n"])
+        fewest = min(found_VR.shape[1] for _, found_VR, _ in strata)  # larger strata may have had fewer resamples
+        found_VR = np.mean([found_VR[:, :fewest] for _, found_VR, _ in strata], axis=0)
+        row["lo"], row["hi"] = fisher_interval(value, *found_VR, n=row["n"])
     elif study.status(place["gold"], place["budget"]) == "ok":
         row["status"] = "too_few"
     study.add("correlation", statistic, value, **row)
