@@ -137,7 +137,7 @@ def test_few_plans_and_no_tasks_still_give_a_table():
 
 
 def test_strata_of_other_sizes_are_pooled_though_large_ones_have_fewer_resamples_of_tau(monkeypatch):
-    monkeypatch.setattr(importlib.import_module("bitalloc.analyses.correlation"), "PAIRS", 40_000)
+    monkeypatch.setattr(importlib.import_module("bitalloc.analyses.correlation"), "PAIRS", 20_000)
     results = simulate(pool=8, items=40)
     results.plans = results.plans.drop(results.plans.index[results.plans["plan"].str.startswith("random-2.6bpw")][:2])
     found = run(results, Analyze(resamples=400, folds=2))
