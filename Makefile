@@ -14,7 +14,7 @@ demo: $(VENV)/.core
 	@$(BIN)/python -m bitalloc.report results/tiny
 
 test: $(VENV)/.dev lint
-	$(BIN)/pytest -n $(CORES) --dist loadgroup
+	$(BIN)/pytest -n $(CORES) --dist worksteal
 
 # what .ci/run leaves out: Lepton's own client, a real Slurm (installs Debian's packages, needs root)
 test-lepton: $(VENV)/.dev

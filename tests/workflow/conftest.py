@@ -1,6 +1,7 @@
 """A project folder of its own for every run of the DAG, and one finished small run that tests share."""
 
 import contextlib
+import fcntl
 import os
 import shutil
 import signal
@@ -49,11 +50,16 @@ class Project:
             (shutil.copytree if source.is_dir() else shutil.copy)(source, target)
         self.configure(**settings)
 
+    @classmethod
+    def at(cls, folder: Path) -> "Project":
+        """The project that stands there already."""
+        project = object.__new__(cls)
+        project.folder = folder
+        return project
+
     def copy(self, folder: Path) -> "Project":
         shutil.copytree(self.folder, folder, copy_function=shutil.copy2)
-        copy = object.__new__(Project)
-        copy.folder = folder
-        return copy
+        return self.at(folder)
 
     def configure(self, **settings: dict) -> None:
         sheet = yaml.safe_load((ROOT / "config/models.yaml").read_text())
@@ -102,8 +108,19 @@ class Project:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory) -> Project:
-    """A small run of the whole DAG that went through undisturbed."""
-    project = Project(tmp_path_factory.mktemp("finished"))
+    """A small run of the whole DAG that went through undisturbed: made by the first worker, copied by the others."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return _finished(tmp_path_factory.mktemp("finished"))
+    shared = tmp_path_factory.getbasetemp().parent / "finished"
+    with open(f"{shared}.lock", "w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not shared.exists():
+            _finished(tmp_path_factory.mktemp("finished")).folder.rename(shared)
+    return Project.at(shared).copy(tmp_path_factory.mktemp("own") / "finished")
+
+
+def _finished(folder: Path) -> Project:
+    project = Project(folder)
     status, output = project.run(*TARGETS)
     assert status == 0, output
     return project

@@ -8,7 +8,7 @@ import yaml
 
 from bitalloc import tables
 
-pytestmark = [pytest.mark.workflow, pytest.mark.xdist_group("workflow")]
+pytestmark = pytest.mark.workflow
 
 MOMENTS, UNIT, OTHER_UNIT, RENAMED = (
     f"results/{name}.parquet"

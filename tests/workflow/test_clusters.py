@@ -9,7 +9,7 @@ import pytest
 
 from .conftest import Project
 
-pytestmark = [pytest.mark.workflow, pytest.mark.xdist_group("workflow")]
+pytestmark = pytest.mark.workflow
 
 
 def planned(output: str) -> dict[str, str]:

@@ -14,7 +14,7 @@ from bitalloc import tables
 from ..browser import LOOK, complaints, opened, requests
 from .conftest import ROOT, TARGETS, Project
 
-pytestmark = [pytest.mark.workflow, pytest.mark.xdist_group("workflow")]
+pytestmark = pytest.mark.workflow
 
 
 def without_times(path) -> pd.DataFrame:

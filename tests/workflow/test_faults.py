@@ -17,7 +17,7 @@ from bitalloc.store import Store
 from ..permissions import bound
 from .conftest import Project
 
-pytestmark = [pytest.mark.workflow, pytest.mark.xdist_group("workflow")]
+pytestmark = pytest.mark.workflow
 
 UNIT = "results/tiny/sweep/block-000.parquet"
 

@@ -8,7 +8,7 @@ import pytest
 from bitalloc import tables
 from tests.test_sandbox import contained
 
-pytestmark = [pytest.mark.workflow, pytest.mark.xdist_group("workflow")]
+pytestmark = pytest.mark.workflow
 
 PROBLEM = {
     "prompt": "def same(x):\n    ''' x itself. '''\n    return x\n",  # right whatever follows, if it can be read
