@@ -43,17 +43,23 @@ format: $(VENV)/.dev
 config: $(VENV)/.core
 	$(BIN)/python -m bitalloc.config config
 
+# Python compiles what it imports; pip would compile all 18,600 files, one after the other
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
+
 # torch comes first and as the platform offers it, so that nothing else chooses its build
-$(VENV)/.core: pyproject.toml envs/constraints.txt
+$(VENV)/.torch: pyproject.toml envs/constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint envs/constraints.txt --editable .
+	$(INSTALL) torch==2.13.0
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.core
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint envs/constraints.txt --editable '.[dev]'
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps lm_eval==0.4.13 # 23 s; 108 s with all it requires
+$(VENV)/.core: $(VENV)/.torch
+	$(INSTALL) --constraint envs/constraints.txt --editable .
 	touch $@
+
+$(VENV)/.dev: $(VENV)/.torch
+	$(INSTALL) --constraint envs/constraints.txt --editable '.[dev]'
+	$(INSTALL) --no-deps lm_eval==0.4.13 # 23 s; 108 s with all it requires
+	touch $(VENV)/.core $@
 
 bench-sweep: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_sweep.py
