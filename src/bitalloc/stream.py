@@ -13,7 +13,8 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import nn
 from torch.func import functional_call
 
@@ -41,8 +42,10 @@ class Scratch:
     def write(self, block: int, batch: int, hidden: torch.Tensor) -> None:
         write_atomically(self._file(block, batch), save({"hidden": hidden.contiguous().cpu()}))
 
-    def read(self, block: int, batch: int) -> torch.Tensor:
-        return load_file(self._file(block, batch))["hidden"]
+    def read(self, block: int, batch: int, window: slice = slice(None)) -> torch.Tensor:
+        """What enters `block`: of a batch, or of a window in it."""
+        with safe_open(self._file(block, batch), framework="pt") as file:
+            return file.get_slice("hidden")[window]
 
     def drop(self, block: int) -> None:
         shutil.rmtree(self.folder / f"{block:04d}", ignore_errors=True)

@@ -44,8 +44,11 @@ from bitalloc.tables import TUNED
 BLOCK, POLISH, SELECT = "block", "polish", "select"
 LOGITS = 2**25  # entries of [N, T, V] that are in memory at once
 LOOKS = 10  # times that a descent looks at the windows held out
-# what a step of rate 1 moves: a code, the whole scale, a zero point, forty of the 127 entries of a factor
-UNITS = {"rounding": 1.0, "scales": 1.0, "zeros": 1.0, "factors": 40.0}
+# what a step of rate 1 moves: codes, shares of a scale, zero points, entries of a factor (of 127)
+UNITS = {
+    "sign": {"rounding": 1.0, "scales": 1.0, "zeros": 1.0, "factors": 40.0},
+    "adam": {"rounding": 1.0, "scales": 0.2, "zeros": 1.0, "factors": 20.0},
+}
 
 
 def tune(
@@ -138,7 +141,11 @@ def descend(
     `held` is the loss on windows that are not in `train`, told at the start and ten times. sign: x -= rate unit
     sign(gradient) (Cheng et al. 2023), adam: torch's at rate x unit; the units are `UNITS`.
     """
-    groups = [{"params": matrix.parameters[part], "unit": UNITS[part]} for matrix in learned.values() for part in parts]
+    groups = [
+        {"params": matrix.parameters[part], "unit": UNITS[optimizer][part]}
+        for matrix in learned.values()
+        for part in parts
+    ]
     groups = [group for group in groups if group["params"]]
     parameters = [parameter.requires_grad_() for group in groups for parameter in group["params"]]
     draw, rate = np.random.default_rng(list(seed)), rate or 1 / max(1, steps)
@@ -191,10 +198,8 @@ class _Block:
     @torch.no_grad()
     def carry(self, states: Scratch, weights: Mapping[str, Tensor]) -> None:
         """Take a stream to the next block."""
-        for windows in _turns(range(states.batches), self.batch):
-            out = self.stream.run(self.block, self._read(states, windows, self.block), weights)
-            for window, hidden_TD in zip(windows, out.split(1), strict=True):
-                states.write(self.block + 1, window, hidden_TD)
+        for batch in range(states.batches):
+            states.write(self.block + 1, batch, self.stream.run(self.block, states.read(self.block, batch), weights))
 
     def errors(self, windows: Sequence[int], states: Scratch, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """||Y - Y*||_F^2 and ||Y*||_F^2 of these windows, Y* what the original block put out on the original stream."""
@@ -210,7 +215,9 @@ class _Block:
         return error / energy
 
     def _read(self, states: Scratch, windows: Sequence[int], block: int) -> Tensor:
-        return torch.cat([states.read(block, window) for window in windows]).to(self.stream.device)
+        places = [divmod(window, self.batch) for window in windows]
+        found = [states.read(block, batch, slice(row, row + 1)) for batch, row in places]
+        return torch.cat(found).to(self.stream.device)
 
 
 def _turns(windows: Sequence[int], size: int) -> Iterator[list[int]]:
@@ -309,9 +316,15 @@ class _Run:
                 self.store.lock(digest(self.last), f"[tune] another process tunes {self.name}; waiting for it"),
                 scratch(self.store.root / "scratch" / self.last) as folder,
             ):
-                original, tuned = (Scratch(folder / stream, len(self.ids_NT)) for stream in ("original", "tuned"))
+                batches = self.ids_NT.split(self.settings.batch)
+                original, tuned = (Scratch(folder / name, len(batches)) for name in ("original", "tuned"))
                 first = max((b for b in range(missing[0] + 1) if original.has(b) and tuned.has(b)), default=-1)
-                stream = self._stream(original, tuned, fresh=first < 0)
+                stream = Stream(self.checkpoint, self.device)
+                if first < 0:
+                    stream.enter(batches, into=original)
+                    tables = {layer: self._swept(layer).dequantize() for layer in self.tables}
+                    stream.enter(batches, into=tuned, tables=tables)
+                stream.enter([self.ids_NT[:size] for size in range(1, self.settings.batch + 1)])
                 for block in range(max(first, 0), missing[-1] + 1):
                     with stream.filled(block):
                         work = _Block(stream, block, original, tuned, self.settings.batch)
@@ -323,15 +336,6 @@ class _Run:
                     original.drop(block)
                     tuned.drop(block)
         return [self._row(BLOCK, block, records[block], key) for block, key in self.keys.items()]
-
-    def _stream(self, original: Scratch, tuned: Scratch, *, fresh: bool) -> Stream:
-        """The stream, with windows at its entrance, which the tuned one passes with the plan's embedding."""
-        stream, ones = Stream(self.checkpoint, self.device), self.ids_NT.split(1)
-        if fresh:
-            stream.enter(ones, into=original)
-            stream.enter(ones, into=tuned, tables={layer: self._swept(layer).dequantize() for layer in self.tables})
-        stream.enter([self.ids_NT[:size] for size in range(1, self.settings.batch + 1)])
-        return stream
 
     def _weights(self, block: int, matrix: Callable[[str], CompressedMatrix]) -> dict[str, Tensor]:
         return {layer: matrix(layer).dequantize().to(self.device) for layer in self.layers[block]}
