@@ -152,14 +152,49 @@ def _fits(budget: Any) -> Any:
 
 
 class Compress(Section):
-    plans: list[str] = Field(["best"], description="strategies whose plans are written as checkpoints, at every budget")
+    plans: list[str] = Field(
+        ["best"],
+        description="strategies whose plans are written as checkpoints, at every budget; tuned: the map of best, its "
+        "codes learned, tuned_<strategy>: that of another",
+    )
 
     @field_validator("plans")
     @classmethod
     def _shipped(cls, plans: list[str]) -> list[str]:
-        if kept := [name for name in plans if name in ("component", "leaked")]:
+        if kept := [name for name in plans if name.removeprefix("tuned_") in ("component", "leaked")]:
             raise ValueError(f"{kept[0]} plans serve the analysis alone; no checkpoint is made of them")
         return plans
+
+
+class Tune(Section):
+    learn: list[Literal["rounding", "scales", "zeros", "factors"]] = Field(
+        ["rounding", "scales"], description="what is learned block by block; bytes stay as they are"
+    )
+    iterations: Annotated[int, Field(ge=0)] = Field(200, description="steps a block")
+    optimizer: Literal["sign", "adam"] = Field("sign", description="signed gradient descent, or Adam")
+    rate: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="of the first step, in codes; it falls linearly to 0; null: 1 / iterations"
+    )
+    start: Literal["swept", "nearest"] = Field("swept", description="from the plan's codes, or rounded to nearest")
+    inputs: Literal["tuned", "original"] = Field(
+        "tuned",
+        description="what a block learns from: the output of the tuned blocks before it, or of the original ones",
+    )
+    windows: Positive = Field(128, description="calibrate windows that are learned on, drawn by seed; all if fewer")
+    holdout: Share = Field(0.125, description="share of them that only judges the iterates")
+    batch: Positive = Field(8, description="windows a step")
+    polish: Annotated[int, Field(ge=0)] = Field(
+        200,
+        description="steps through the whole model, against the KL of its predictions; 0: none. In memory: the model "
+        "and some 12 bytes for each weight of its matrices",
+    )
+    polish_learn: list[Literal["rounding", "scales", "zeros", "factors"]] = Field(
+        ["scales", "factors"], description="what these steps learn"
+    )
+    polish_optimizer: Literal["sign", "adam"] = Field("adam", description="signed gradient descent, or Adam")
+    polish_rate: Annotated[float, Field(gt=0)] | None = Field(
+        0.001, description="of the first of them; null: 1 / polish"
+    )
 
 
 class Export(Section):
@@ -391,6 +426,7 @@ class Config(Section):
     sensitivity: Sensitivity = Field(default_factory=Sensitivity)
     fit: Fit = Field(default_factory=Fit)
     allocate: Allocate = Field(default_factory=Allocate)
+    tune: Tune = Field(default_factory=Tune)
     compress: Compress = Field(default_factory=Compress)
     export: Export = Field(default_factory=Export)
     evaluate: Evaluate = Field(default_factory=Evaluate)

@@ -335,6 +335,28 @@ def without_arms(plans: pd.DataFrame) -> pd.DataFrame:
     return plans[~plans["strategy"].str.fullmatch("|".join(rf"{arm}(_\d+)?" for arm in ARMS))]
 
 
+TUNED = Table(
+    "tuned",
+    "What learning the codes of a plan brought: each block, the polish of the whole model, and the verdict.",
+    ("plan", "part", "block"),
+    (
+        Column("plan", STR, "name of the plan"),
+        Column("part", STR, "block; polish: all blocks at once; select: whether the tuned plan is shipped"),
+        Column("block", INT, "index of the block; -1 for the whole model"),
+        Column("step", INT, "the iterate that was kept, 0 = the start"),
+        Column(
+            "loss_before",
+            FLOAT,
+            "block: ||Y - Y*||^2 / ||Y*||^2 of its output on held-out calibrate windows, swept codes; polish: KL, "
+            "there too, codes learned block by block; select: KL on the select split, swept codes; nats a token",
+        ),
+        Column("loss_after", FLOAT, "the same of what was learned"),
+        Column("kept", BOOL, "lower than before; else the codes before it stay"),
+        Column("note", STR, "why nothing was kept, or empty"),
+        Column("wall_s", FLOAT, "seconds"),
+        Column("key", STR, "shard in the store"),
+    ),
+)
 CHECKPOINTS = Table(
     "checkpoints",
     "Checkpoints that were written, and whether they have the promised size.",
@@ -588,7 +610,7 @@ TABLES = {
     table.name: table
     for table in (
         INVENTORY, TOKENS, ITEMS, READINGS, MOMENTS, SWEEP, SENSITIVITY, EMBEDDINGS, LAW, RESIDUALS, COSTS, PLAN, PLANS,
-        CHECKPOINTS, EXPORTS, COST, EVALUATE, RESPONSES, SAMPLES, OUTCOMES, HUMANEVAL, GATES, GOODHART, PHASE, CONTROLS,
-        SUCCESS, BACKENDS,
+        TUNED, CHECKPOINTS, EXPORTS, COST, EVALUATE, RESPONSES, SAMPLES, OUTCOMES, HUMANEVAL, GATES, GOODHART, PHASE,
+        CONTROLS, SUCCESS, BACKENDS,
     )
 }  # fmt: skip
