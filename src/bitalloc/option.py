@@ -10,6 +10,7 @@ if TYPE_CHECKING:  # what is stored does not depend on how the configuration is 
     from bitalloc.config import Sweep
 
 PASS_THROUGH = "none"
+ABSMAX = "absmax"  # rounded by the largest weight of a row: symmetric, and no calibration has a say
 
 
 @dataclass(frozen=True, order=True)
@@ -25,6 +26,10 @@ class Option:
     rank: int
     factor_bits: int = 8
     symmetric: bool = False
+
+    def __post_init__(self) -> None:
+        if self.quantizer == ABSMAX:
+            object.__setattr__(self, "symmetric", True)
 
     @property
     def name(self) -> str:

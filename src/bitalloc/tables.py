@@ -306,7 +306,7 @@ PLAN = Table(
         *_PLACE,
         *_OPTION,
         Column("nbytes", INT, "bytes as stored"),
-        Column("cost_nats_per_token", FLOAT, "coefficient x rel_error: predicted KL"),
+        Column("cost_nats_per_token", FLOAT, "coefficient x rel_error: predicted KL; missing: unknown", nullable=True),
     ),
 )
 PLANS = Table(
