@@ -327,6 +327,28 @@ PLANS = Table(
         Column("note", STR, "who won (best), what was restricted, why a control is missing (optimal), or empty"),
     ),
 )
+EVOLUTION = Table(
+    "evolution",
+    "The champion of every generation of the evolutionary search, by seed.",
+    ("seed", "generation"),
+    (
+        Column("seed", INT, "of the search"),
+        Column("generation", INT, "0 is the start"),
+        Column("champion", STR, "its precision map, JSON"),
+        Column("fitness", FLOAT, "compression - penalty x degradation; -degradation where a budget is set"),
+        Column("nbytes", INT, "bytes of the checkpoint, scales included, a tied head once"),
+        Column("compression", FLOAT, "bytes with 16 bits everywhere / nbytes"),
+        Column("ppl", FLOAT, "e^nll over the windows of the last stage, select split"),
+        Column("reference_ppl", FLOAT, "the same of the unquantised model"),
+        Column("kl_nats_per_token", FLOAT, "KL to the unquantised model on those windows"),
+        Column("report_ppl", FLOAT, "e^nll over the report windows, which choose nothing"),
+        Column("report_reference_ppl", FLOAT, "the same of the unquantised model"),
+        *_estimate("report_loss_nats_per_token", "nll less that of the unquantised model on the report windows"),
+        Column("report_kl_nats_per_token", FLOAT, "KL to the unquantised model on the report windows"),
+        Column("changed", STR, "components that differ from the champion before; empty where it stayed"),
+        Column("evaluations", INT, "genomes tried up to here, at whatever stage"),
+    ),
+)
 ARMS = ("component", "leaked")
 
 
@@ -588,7 +610,7 @@ TABLES = {
     table.name: table
     for table in (
         INVENTORY, TOKENS, ITEMS, READINGS, MOMENTS, SWEEP, SENSITIVITY, EMBEDDINGS, LAW, RESIDUALS, COSTS, PLAN, PLANS,
-        CHECKPOINTS, EXPORTS, COST, EVALUATE, RESPONSES, SAMPLES, OUTCOMES, HUMANEVAL, GATES, GOODHART, PHASE, CONTROLS,
-        SUCCESS, BACKENDS,
+        EVOLUTION, CHECKPOINTS, EXPORTS, COST, EVALUATE, RESPONSES, SAMPLES, OUTCOMES, HUMANEVAL, GATES, GOODHART,
+        PHASE, CONTROLS, SUCCESS, BACKENDS,
     )
 }  # fmt: skip
