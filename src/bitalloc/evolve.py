@@ -174,10 +174,9 @@ class Genomes:
                 f"evolve.budget of {budget:,} bytes is below the {self.floor:,} of the smallest genome; raise it or "
                 "offer fewer bits in evolve.precisions"
             )
-        added = [
-            [precision.nbytes(inventory, {**lowest, name: level}) - self.floor for level in levels]
-            for name, levels in self.levels.items()
-        ]
+        held = {name: inventory[inventory["tensor"].isin(tensors)] for name, tensors in parts.items()}
+        sizes = [[precision.nbytes(held[name], {name: p}) for p in levels] for name, levels in self.levels.items()]
+        added = [[size - each[0] for size in each] for each in sizes]
         self.space = Space(added, None if budget is None else budget - self.floor)
 
     def nbytes(self, level_G: Genome) -> int:

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from bitalloc.strategies import STRATEGIES
-from bitalloc.strategies import evolve as module
-from bitalloc.strategies.evolve import evolve
+from bitalloc.strategies.evolve import evolve, levels
 from bitalloc.strategies.instance import Instance
 from tests.strategies.test_strategies import OPTIONS, between, model
 
@@ -45,7 +44,7 @@ def test_a_start_is_polished_never_spoilt() -> None:
 
 def test_levels_are_efficient_options_by_rising_bytes() -> None:
     instance = model(5)
-    for i, options in enumerate(module._levels(instance)):
+    for i, options in enumerate(levels(instance)):
         assert (np.diff(instance.nbytes_NK[i, options]) > 0).all() and (
             np.diff(instance.costs_NK[i, options]) < 0
         ).all()

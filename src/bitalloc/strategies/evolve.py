@@ -29,14 +29,14 @@ def evolve(
     Levels of a matrix are its efficient options; an option of the start that is none becomes the largest below it.
     """
     instance.require(budget)
-    levels = _levels(instance)
-    space = Space([instance.nbytes_NK[i, options] for i, options in enumerate(levels)], budget)
+    offered = levels(instance)
+    space = Space([instance.nbytes_NK[i, options] for i, options in enumerate(offered)], budget)
     if start_N is None:
-        first_N = space.fill(np.zeros(len(levels), dtype=np.int64), np.random.default_rng([seed, 0]))
+        first_N = space.fill(np.zeros(len(offered), dtype=np.int64), np.random.default_rng([seed, 0]))
     else:
-        first_N = _nearest(instance, levels, start_N)
-    level_NL = np.zeros((len(levels), space.top_G.max() + 1), dtype=np.int64)
-    for row_L, options in zip(level_NL, levels, strict=True):
+        first_N = nearest(instance, offered, start_N)
+    level_NL = np.zeros((len(offered), space.top_G.max() + 1), dtype=np.int64)
+    for row_L, options in zip(level_NL, offered, strict=True):
         row_L[: len(options)] = options
 
     def choice(level_N: Genome) -> Choice:
@@ -58,16 +58,17 @@ def evolve(
     return choice(last.champion_G)
 
 
-def _levels(instance: Instance) -> list[np.ndarray]:
+def levels(instance: Instance) -> list[np.ndarray]:
     """Of each matrix its efficient options by rising bytes."""
     order_NK = instance.nbytes_NK.argsort(axis=1, kind="stable")
     return [order_K[np.isfinite(instance.efficient_NK[i, order_K])] for i, order_K in enumerate(order_NK)]
 
 
-def _nearest(instance: Instance, levels: Sequence[np.ndarray], choice_N: Choice) -> Genome:
+def nearest(instance: Instance, offered: Sequence[np.ndarray], choice_N: Choice) -> Genome:
+    """The genome of a plan: of each matrix the largest level that takes no more bytes than its option."""
     sizes_N = instance.at(instance.nbytes_NK, choice_N)
     place_N = [
         np.searchsorted(instance.nbytes_NK[i, options], size, side="right") - 1
-        for i, (options, size) in enumerate(zip(levels, sizes_N, strict=True))
+        for i, (options, size) in enumerate(zip(offered, sizes_N, strict=True))
     ]
     return np.array(place_N, dtype=np.int64)
