@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 CORES ?= 2
 DEMO := $(addprefix results/tiny/,goodhart.png report.md)
 
-.PHONY: demo test lint format config bench-allocate bench-clusters bench-evaluate bench-export bench-goodhart bench-matrices bench-memory bench-peers bench-phase bench-resume bench-rounds bench-sweep test-lepton test-slurm clean
+.PHONY: demo test lint format config bench-allocate bench-allocators bench-clusters bench-evaluate bench-export bench-goodhart bench-matrices bench-memory bench-peers bench-phase bench-resume bench-rounds bench-sweep test-lepton test-slurm clean
 
 demo: $(VENV)/.core
 	$(BIN)/snakemake $(DEMO) --cores $(CORES) --quiet rules host
@@ -70,6 +70,9 @@ bench-phase: $(VENV)/.dev
 
 bench-allocate: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_allocate.py
+
+bench-allocators: $(VENV)/.dev
+	$(BIN)/python benchmarks/bench_allocators.py
 
 # faults of a Lepton workspace at random moments, against a stand-in on loopback; half an hour
 bench-clusters: $(VENV)/.dev

@@ -151,6 +151,44 @@ def _fits(budget: Any) -> Any:
     raise ValueError("write a budget as 8GB, 2.6bpw, uniform 3b, or fits: {memory: 24GB, context: 8192, batch: 1}")
 
 
+class Evolve(Section):
+    precisions: list[Literal["fp32", "fp16", "int8", "int4", "int3", "int2"]] = Field(
+        ["fp32", "fp16", "int8", "int4"], min_length=1, description="offered to every component but the final norm"
+    )
+    fitness: Literal["ppl", "kl"] = Field(
+        "ppl",
+        description="baseline bytes / bytes - penalty x degradation; ppl: max(0, (ppl - ppl0) / ppl0); kl: e^KL - 1",
+    )
+    penalty: Annotated[float, Field(ge=0)] = Field(10.0, description="compression that a degradation of 1 costs")
+    budget: str | None = Field(
+        None, description="bytes of the checkpoint that no genome exceeds, 141MB; fitness is then -degradation alone"
+    )
+    start: Literal["uniform", "optimal"] = Field(
+        "uniform", description="the first champion; optimal: additive, from the KL of single components"
+    )
+    generations: Positive = Field(20, description="at most; fewer where nothing new is left to try")
+    offspring: Positive = Field(16, description="children of a generation")
+    switches: Positive = Field(3, description="levels that a child switches, at most")
+    stages: list[tuple[Positive, Positive]] = Field(
+        [(2048, 4), (8192, 1)],
+        min_length=1,
+        description="[tokens of the select split that are read, children that go on], the last stage with 1",
+    )
+    seeds: Positive = Field(1, description="searches, with seeds seed, seed + 1, ..; the fittest champion is kept")
+
+    @field_validator("stages")
+    @classmethod
+    def _narrowing(cls, stages: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        tokens, survivors = zip(*stages, strict=True)
+        if (
+            list(tokens) != sorted(set(tokens))
+            or list(survivors) != sorted(survivors, reverse=True)
+            or survivors[-1] != 1
+        ):
+            raise ValueError("stages read more and more tokens and let fewer and fewer children on, the last one 1")
+        return stages
+
+
 class Compress(Section):
     plans: list[str] = Field(
         ["best"],
@@ -427,6 +465,7 @@ class Config(Section):
     fit: Fit = Field(default_factory=Fit)
     allocate: Allocate = Field(default_factory=Allocate)
     tune: Tune = Field(default_factory=Tune)
+    evolve: Evolve = Field(default_factory=Evolve)
     compress: Compress = Field(default_factory=Compress)
     export: Export = Field(default_factory=Export)
     evaluate: Evaluate = Field(default_factory=Evaluate)

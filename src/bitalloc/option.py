@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # what is stored does not depend on how the configuration is 
 
 PASS_THROUGH = "none"
 USUAL_GROUP = 64
+ABSMAX = "absmax"  # rounded by the largest weight of a row: symmetric, and no calibration has a say
 
 
 @dataclass(frozen=True, order=True)
@@ -26,6 +27,10 @@ class Option:
     rank: int
     factor_bits: int = 8
     symmetric: bool = False
+
+    def __post_init__(self) -> None:
+        if self.quantizer == ABSMAX:
+            object.__setattr__(self, "symmetric", True)
 
     @property
     def name(self) -> str:

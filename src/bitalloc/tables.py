@@ -306,7 +306,7 @@ PLAN = Table(
         *_PLACE,
         *_OPTION,
         Column("nbytes", INT, "bytes as stored"),
-        Column("cost_nats_per_token", FLOAT, "coefficient x rel_error: predicted KL"),
+        Column("cost_nats_per_token", FLOAT, "coefficient x rel_error: predicted KL; missing: unknown", nullable=True),
     ),
 )
 PLANS = Table(
@@ -325,6 +325,28 @@ PLANS = Table(
         Column("lower_bound", FLOAT, "no plan within the budget has a lower objective", nullable=True),
         Column("gap", FLOAT, "objective / lower_bound - 1", nullable=True),
         Column("note", STR, "who won (best), what was restricted, why a control is missing (optimal), or empty"),
+    ),
+)
+EVOLUTION = Table(
+    "evolution",
+    "The champion of every generation of the evolutionary search, by seed.",
+    ("seed", "generation"),
+    (
+        Column("seed", INT, "of the search"),
+        Column("generation", INT, "0 is the start"),
+        Column("champion", STR, "its precision map, JSON"),
+        Column("fitness", FLOAT, "compression - penalty x degradation; -degradation where a budget is set"),
+        Column("nbytes", INT, "bytes of the checkpoint, scales included, a tied head once"),
+        Column("compression", FLOAT, "bytes with 16 bits everywhere / nbytes"),
+        Column("ppl", FLOAT, "e^nll over the windows of the last stage, select split"),
+        Column("reference_ppl", FLOAT, "the same of the unquantised model"),
+        Column("kl_nats_per_token", FLOAT, "KL to the unquantised model on those windows"),
+        Column("report_ppl", FLOAT, "e^nll over the report windows, which choose nothing"),
+        Column("report_reference_ppl", FLOAT, "the same of the unquantised model"),
+        *_estimate("report_loss_nats_per_token", "nll less that of the unquantised model on the report windows"),
+        Column("report_kl_nats_per_token", FLOAT, "KL to the unquantised model on the report windows"),
+        Column("changed", STR, "components that differ from the champion before; empty where it stayed"),
+        Column("evaluations", INT, "genomes tried up to here, at whatever stage"),
     ),
 )
 ARMS = ("component", "leaked")
@@ -610,7 +632,7 @@ TABLES = {
     table.name: table
     for table in (
         INVENTORY, TOKENS, ITEMS, READINGS, MOMENTS, SWEEP, SENSITIVITY, EMBEDDINGS, LAW, RESIDUALS, COSTS, PLAN, PLANS,
-        TUNED, CHECKPOINTS, EXPORTS, COST, EVALUATE, RESPONSES, SAMPLES, OUTCOMES, HUMANEVAL, GATES, GOODHART, PHASE,
+        TUNED, EVOLUTION, CHECKPOINTS, EXPORTS, COST, EVALUATE, RESPONSES, SAMPLES, OUTCOMES, HUMANEVAL, GATES, GOODHART, PHASE,
         CONTROLS, SUCCESS, BACKENDS,
     )
 }  # fmt: skip
