@@ -33,7 +33,6 @@ Task = config.Task
 
 @pytest.fixture(autouse=True)
 def _no_data_but_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.set_num_threads(2)
     monkeypatch.delenv("BITALLOC_DATA", raising=False)
     monkeypatch.setattr("lm_eval.models.huggingface.HFLM.max_gen_toks", 8)
 
