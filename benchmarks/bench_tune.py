@@ -44,14 +44,15 @@ ROWS: dict[str, dict[str, Any]] = {
     "scales only": {"learn": ["scales"]},
     "+ zeros": {"learn": ["rounding", "scales", "zeros"]},
     "+ factors": {"learn": ["rounding", "scales", "factors"]},
-    "adam": {"optimizer": "adam", "rate": 0.01},
+    "adam": {"optimizer": "adam", "rate": 0.005},
     "50 steps": {"iterations": 50},
     "1000 steps": {"iterations": 1000},
     "from nearest": {"start": "nearest"},
     "original inputs": {"inputs": "original"},
     "no polish": {"polish": 0},
     "polish alone": {"iterations": 0},
-    "polish codes too": {"polish_learn": ["rounding", "scales", "factors"]},
+    "polish no codes": {"polish_learn": ["scales", "factors"]},
+    "polish no factors": {"polish_learn": ["rounding", "scales"]},
 }
 
 

@@ -227,7 +227,7 @@ class Tune(Section):
         "and some 12 bytes for each weight of its matrices",
     )
     polish_learn: list[Literal["rounding", "scales", "zeros", "factors"]] = Field(
-        ["scales", "factors"], description="what these steps learn"
+        ["rounding", "scales", "factors"], description="what these steps learn"
     )
     polish_optimizer: Literal["sign", "adam"] = Field("adam", description="signed gradient descent, or Adam")
     polish_rate: Annotated[float, Field(gt=0)] | None = Field(

@@ -47,7 +47,7 @@ LOOKS = 10  # times that a descent looks at the windows held out
 # what a step of rate 1 moves: codes, shares of a scale, zero points, entries of a factor (of 127)
 UNITS = {
     "sign": {"rounding": 1.0, "scales": 1.0, "zeros": 1.0, "factors": 40.0},
-    "adam": {"rounding": 1.0, "scales": 0.2, "zeros": 1.0, "factors": 20.0},
+    "adam": {"rounding": 1.0, "scales": 1.0, "zeros": 1.0, "factors": 100.0},
 }
 
 
