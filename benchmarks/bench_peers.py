@@ -265,7 +265,7 @@ class Comparison:
         least, most = self.project.reach()
         wanted = {}
         for budget, peer in rivals.items():
-            if peer["bytes"] < self.allowed(budget) and least <= peer["bytes"] <= most:
+            if peer["bytes"] != self.allowed(budget) and least <= peer["bytes"] <= most:
                 wanted[budget] = f"{math.floor(8e6 * peer['bytes'] / self.weights) / 1e6:.6f}bpw"
         if wanted:
             self.ours(sorted(set(wanted.values())), tuple(s for s in STRATEGIES if s != "uniform"))

@@ -119,13 +119,20 @@ def test_peer_is_driven_counted_scored_and_not_run_twice(bench, comparison, caps
     assert comparison.rows[2] == row and not log.exists()
 
 
-def test_peer_that_fails_says_why_and_the_rest_goes_on(comparison, capsys):
-    for budget in ("3bpw", "5bpw"):
-        comparison.peer("nearest", budget)
-    failed, fine = comparison.rows
-    assert failed["why"] == "ValueError: 4 bits are the least" and failed["kl"] is None and fine["kl"] > 0
-    assert capsys.readouterr().out.splitlines()[0] == "nearest at 3: ValueError: 4 bits are the least"
-    assert comparison.strongest(3.0) is None and comparison.strongest(5.0) is fine
+def test_peer_that_fails_says_why(comparison, capsys):
+    comparison.peer("nearest", "3bpw")  # raises nothing: the rest goes on
+    (failed,) = comparison.rows
+    assert failed["why"] == "ValueError: 4 bits are the least" and failed["kl"] is None and failed["bytes"] is None
+    assert capsys.readouterr().out == "nearest at 3: ValueError: 4 bits are the least\n"
+    assert comparison.strongest(3.0) is None
+
+
+def test_figure_shows_what_there_is(bench, tmp_path):
+    row = {"kl": 0.1, "kl_lo": 0.05, "kl_hi": 0.2, "bpw": 2.5, "budget": 2.5, "seconds": 9.0}
+    rows = [{**row, "tool": tool} for tool in ("bitalloc best", "hqq")]
+    rows += [{**row, "tool": "reference", "budget": None}, {**row, "tool": "modelopt", "kl": None}]
+    bench.draw(rows, "small", tmp_path / "peers.png")
+    assert (tmp_path / "peers.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_job_beyond_its_limit_is_killed_in_one_line(bench, tmp_path):

@@ -7,13 +7,23 @@ there are up to 512) with `enable_alg_ext`.
 from __future__ import annotations
 
 from auto_round import AutoRound
-from whole import Job, Stored, largest, linear, work
+from whole import Job, Stored, largest, linear, uniform_nbytes, work
 
 LEAST = 32  # a matrix with a side that is no multiple of it is left alone
 
 
 def rounded(job: Job, **how: object) -> None:
-    """Run AutoRound, keep What and leave its checkpoint."""
+    """Run AutoRound, keep What and leave its checkpoint.
+
+    It leaves matrices alone with a side that is no multiple of 32: where that takes twice the budget, it says so.
+    """
+    least = uniform_nbytes(job.layers, 2, 128, zeros=True, least=LEAST)
+    if least > 2 * job.nbytes:
+        alone = sum(any(side % LEAST for side in sides) for sides in job.layers.values())
+        bits = f"{8 * least / job.weights:.1f} bits a weight at the least"
+        raise SystemExit(
+            f"it leaves {alone} of {len(job.layers)} matrices at 16 bits, a side no multiple of 32: {bits}"
+        )
     how = {"device_map": "cpu", "seed": 42 + job.seed, "batch_size": 8} | how
     tool = AutoRound(job.model, **how)
     model, _ = tool.quantize()
