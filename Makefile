@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 CORES ?= 2
 DEMO := $(addprefix results/tiny/,goodhart.png report.md)
 
-.PHONY: demo test lint format config bench-allocate bench-allocators bench-clusters bench-evaluate bench-export bench-goodhart bench-matrices bench-memory bench-peers bench-phase bench-resume bench-rounds bench-sweep test-lepton test-slurm clean
+.PHONY: demo test lint format config bench-allocate bench-allocators bench-clusters bench-evaluate bench-evolve bench-export bench-goodhart bench-matrices bench-memory bench-peers bench-phase bench-resume bench-rounds bench-sweep test-lepton test-slurm clean
 
 demo: $(VENV)/.core
 	$(BIN)/snakemake $(DEMO) --cores $(CORES) --quiet rules host
@@ -80,6 +80,10 @@ bench-clusters: $(VENV)/.dev
 
 bench-evaluate: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_evaluate.py
+
+bench-evolve: $(VENV)/.dev
+	$(BIN)/snakemake --cores $(CORES) results/tiny/plans.parquet --quiet rules host
+	$(BIN)/python benchmarks/bench_evolve.py
 
 bench-memory: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_memory.py
