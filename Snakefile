@@ -27,6 +27,7 @@ include: "workflow/rules/analyze.smk"
 include: "workflow/rules/phase.smk"
 include: "workflow/rules/success.smk"
 include: "workflow/rules/report.smk"
+include: "workflow/rules/studies.smk"
 
 
 rule all:
