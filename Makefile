@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 CORES ?= 2
 DEMO := $(addprefix results/tiny/,goodhart.png report.md)
 
-.PHONY: demo test lint format config bench-allocate bench-clusters bench-evaluate bench-export bench-goodhart bench-memory bench-peers bench-phase bench-resume bench-rounds bench-sweep test-lepton test-slurm clean
+.PHONY: demo test lint format config bench-allocate bench-clusters bench-evaluate bench-export bench-goodhart bench-memory bench-peers bench-phase bench-resume bench-rounds bench-sweep bench-tune test-lepton test-slurm clean
 
 demo: $(VENV)/.core
 	$(BIN)/snakemake $(DEMO) --cores $(CORES) --quiet rules host
@@ -92,6 +92,10 @@ bench-goodhart: $(VENV)/.dev
 
 bench-peers: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_peers.py
+
+bench-tune: $(VENV)/.dev
+	$(BIN)/snakemake --cores $(CORES) $(ROUNDS:%=results/%/plans.parquet) --quiet rules host
+	$(BIN)/python benchmarks/bench_tune.py --models $(ROUNDS) --seeds 5
 
 clean:
 	rm -rf results logs .snakemake

@@ -4,10 +4,11 @@ python benchmarks/bench_tune.py [--models tiny stories260k] [--rows default ..] 
 benchmarks/results/tune.json
 
     swept        the plan `best` of each budget as GPTQ left it
-    default      the settings of config.yaml; the other rows depart from them by what their name says
-    held         what the tuning itself sees: relative error of the last block's output on held-out calibrate windows
-    select       KL on the select split, nats a token, then on each corpus of the report split; x: as a share of swept
-    seconds      of tuning, one thread
+    default      the settings of the model; the rows from `polish` on depart from them by what their name says
+    blocks       without the polish; the rows after it depart from that
+
+KL on the select split, nats a token, and on each corpus of the report split; x: as a share of swept. Seconds are
+those of the tuning, one thread, blocks that another row has done included.
 
 `--seeds` repeats `default` with other draws of windows and steps; their spread is the interval (t, 95 %). Needs the
 plans of a model (`snakemake --cores 2 results/tiny/plans.parquet`).
@@ -40,19 +41,20 @@ from bitalloc.tune import Tuned, tune
 
 ROWS: dict[str, dict[str, Any]] = {
     "default": {},
-    "rounding only": {"learn": ["rounding"]},
-    "scales only": {"learn": ["scales"]},
-    "+ zeros": {"learn": ["rounding", "scales", "zeros"]},
-    "+ factors": {"learn": ["rounding", "scales", "factors"]},
-    "adam": {"optimizer": "adam", "rate": 0.005},
-    "50 steps": {"iterations": 50},
-    "1000 steps": {"iterations": 1000},
-    "from nearest": {"start": "nearest"},
-    "original inputs": {"inputs": "original"},
-    "no polish": {"polish": 0},
-    "polish alone": {"iterations": 0},
     "polish no codes": {"polish_learn": ["scales", "factors"]},
-    "polish no factors": {"polish_learn": ["rounding", "scales"]},
+    "polish codes alone": {"polish_learn": ["rounding"]},
+    "polish alone": {"iterations": 0},
+    # the blocks by themselves: the polish would hide what they owe to each technique
+    "blocks": {"polish": 0},
+    "rounding only": {"polish": 0, "learn": ["rounding"]},
+    "scales only": {"polish": 0, "learn": ["scales"]},
+    "+ zeros": {"polish": 0, "learn": ["rounding", "scales", "zeros"]},
+    "+ factors": {"polish": 0, "learn": ["rounding", "scales", "factors"]},
+    "adam": {"polish": 0, "optimizer": "adam", "rate": 0.005},
+    "50 steps": {"polish": 0, "iterations": 50},
+    "1000 steps": {"polish": 0, "iterations": 1000},
+    "from nearest": {"polish": 0, "start": "nearest"},
+    "original inputs": {"polish": 0, "inputs": "original"},
 }
 
 

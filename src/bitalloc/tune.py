@@ -43,6 +43,8 @@ from bitalloc.tables import TUNED
 
 BLOCK, POLISH, SELECT = "block", "polish", "select"
 LOGITS = 2**25  # entries of [N, T, V] that are in memory at once
+# how far from its code one starts the polish: at the edge of its cell the noise of a few windows would undo the blocks
+INSIDE = 0.45
 LOOKS = 10  # times that a descent looks at the windows held out
 # what a step of rate 1 moves: codes, shares of a scale, zero points, entries of a factor (of 127)
 UNITS = {
@@ -286,8 +288,8 @@ class _Run:
         tuned = Tuned(self.experiments, self.plan, rows)
         return lambda layer: tuned.matrix(layer, self.options[layer])
 
-    def _learned(self, layer: str, matrix: CompressedMatrix, *, nearest: bool = False) -> Learned:
-        return Learned(matrix, self.checkpoint.weight(layer).to(self.device), nearest=nearest)
+    def _learned(self, layer: str, matrix: CompressedMatrix, **how: Any) -> Learned:
+        return Learned(matrix, self.checkpoint.weight(layer).to(self.device), **how)
 
     def _row(self, part: str, block: int, record: JSON, key: str) -> dict[str, Any]:
         return {"plan": self.name, "part": part, "block": block, **record, "key": key}
@@ -408,7 +410,7 @@ class _Run:
             reference = [self._states(ids.to(self.device), {}).cpu() for ids in self.ids_NT.split(1)]
         own = self._put_on(matrix)
         learned = {
-            layer: self._learned(layer, matrix(layer))
+            layer: self._learned(layer, matrix(layer), inside=INSIDE)
             for layers in self.layers.values()
             for layer in layers
             if self.options[layer].quantizer != PASS_THROUGH

@@ -18,7 +18,7 @@ from bitalloc.quant import CompressedMatrix
 from bitalloc.quant.grid import LARGEST, SMALLEST
 
 PARTS = ("rounding", "scales", "zeros", "factors")
-INSIDE = 0.49  # how far within its cell a code starts
+EDGE = 0.49  # of the cell of a code
 ENTRY = 127.0  # largest entry of an 8-bit factor; 16-bit factors step by this share of their column's largest
 
 
@@ -45,8 +45,8 @@ class Learned:
     chose where that is another one. `scales` are factors on the stored ones, `zeros` codes, `factors` entries of int8.
     """
 
-    def __init__(self, matrix: CompressedMatrix, W_OI: Tensor, *, nearest: bool = False) -> None:
-        """`nearest` forgets the quantiser's codes: round to nearest on its grid."""
+    def __init__(self, matrix: CompressedMatrix, W_OI: Tensor, *, nearest: bool = False, inside: float = EDGE) -> None:
+        """`nearest` forgets the quantiser's codes: round to nearest on its grid. `inside`: how far off a code may start."""
         self.matrix, self.device, option = matrix, W_OI.device, matrix.option
         self.top, self.size = 2**option.bits - 1, option.group_size
         self.scale_OG = matrix.scale_OG.to(self.device).float()
@@ -57,7 +57,7 @@ class Learned:
         aim_OI = (W_OI - lowrank_OI) / self._spread(self.scale_OG) + self._spread(zero_OG)
         code_OI = matrix.codes_OI.to(self.device).float()
         if not nearest:
-            aim_OI = code_OI + (aim_OI - code_OI).clamp(-INSIDE, INSIDE)
+            aim_OI = code_OI + (aim_OI - code_OI).clamp(-inside, inside)
         self.parameters["rounding"] = [aim_OI]
         self.zero_OG = zero_OG.clone()
         if matrix.zero_OG is not None:
@@ -81,10 +81,10 @@ class Learned:
     @torch.no_grad()
     def confine(self) -> None:
         """Bring parameters that a step took beyond their grid back to its border, where gradients still reach them."""
-        self.parameters["rounding"][0].clamp_(-INSIDE, self.top + INSIDE)
+        self.parameters["rounding"][0].clamp_(-EDGE, self.top + EDGE)
         self.parameters["scales"][0].clamp_(0.25, 4.0)
         for zero_OG in self.parameters["zeros"]:
-            zero_OG.clamp_(-INSIDE, self.top + INSIDE)
+            zero_OG.clamp_(-EDGE, self.top + EDGE)
 
     def _scale(self) -> Tensor:
         scale_OG = self.scale_OG * self.parameters["scales"][0]
