@@ -46,7 +46,7 @@ class Learned:
     """
 
     def __init__(self, matrix: CompressedMatrix, W_OI: Tensor, *, nearest: bool = False, inside: float = EDGE) -> None:
-        """`nearest` forgets the quantiser's codes: round to nearest on its grid. `inside`: how far off a code may start."""
+        """`nearest` forgets the quantiser's codes: round to nearest on its grid. `inside`: a code's start."""
         self.matrix, self.device, option = matrix, W_OI.device, matrix.option
         self.top, self.size = 2**option.bits - 1, option.group_size
         self.scale_OG = matrix.scale_OG.to(self.device).float()
