@@ -43,8 +43,6 @@ from bitalloc.tables import TUNED
 
 BLOCK, POLISH, SELECT = "block", "polish", "select"
 LOGITS = 2**25  # entries of [N, T, V] that are in memory at once
-# how far from its code one starts the polish: at the edge of its cell the noise of a few windows would undo the blocks
-INSIDE = 0.45
 LOOKS = 10  # times that a descent looks at the windows held out
 # what a step of rate 1 moves: codes, shares of a scale, zero points, entries of a factor (of 127)
 UNITS = {
@@ -410,7 +408,7 @@ class _Run:
             reference = [self._states(ids.to(self.device), {}).cpu() for ids in self.ids_NT.split(1)]
         own = self._put_on(matrix)
         learned = {
-            layer: self._learned(layer, matrix(layer), inside=INSIDE)
+            layer: self._learned(layer, matrix(layer))
             for layers in self.layers.values()
             for layer in layers
             if self.options[layer].quantizer != PASS_THROUGH

@@ -45,8 +45,8 @@ class Learned:
     chose where that is another one. `scales` are factors on the stored ones, `zeros` codes, `factors` entries of int8.
     """
 
-    def __init__(self, matrix: CompressedMatrix, W_OI: Tensor, *, nearest: bool = False, inside: float = EDGE) -> None:
-        """`nearest` forgets the quantiser's codes: round to nearest on its grid. `inside`: a code's start."""
+    def __init__(self, matrix: CompressedMatrix, W_OI: Tensor, *, nearest: bool = False) -> None:
+        """`nearest` forgets the quantiser's codes: round to nearest on its grid."""
         self.matrix, self.device, option = matrix, W_OI.device, matrix.option
         self.top, self.size = 2**option.bits - 1, option.group_size
         self.scale_OG = matrix.scale_OG.to(self.device).float()
@@ -57,7 +57,7 @@ class Learned:
         aim_OI = (W_OI - lowrank_OI) / self._spread(self.scale_OG) + self._spread(zero_OG)
         code_OI = matrix.codes_OI.to(self.device).float()
         if not nearest:
-            aim_OI = code_OI + (aim_OI - code_OI).clamp(-inside, inside)
+            aim_OI = code_OI + (aim_OI - code_OI).clamp(-EDGE, EDGE)
         self.parameters["rounding"] = [aim_OI]
         self.zero_OG = zero_OG.clone()
         if matrix.zero_OG is not None:
