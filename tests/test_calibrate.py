@@ -23,11 +23,6 @@ CPU = torch.device("cpu")
 EVERY = pytest.mark.parametrize("name", list(FAMILIES))
 
 
-@pytest.fixture(autouse=True)
-def _threads() -> None:
-    torch.set_num_threads(2)
-
-
 def windows(count: int = 5, length: int = 24) -> pd.DataFrame:
     """Calibrate windows, and a select window that must be left alone."""
     ids_NT = np.random.default_rng(0).integers(0, VOCABULARY, (count + 1, length), dtype=np.int32)

@@ -130,7 +130,7 @@ def settings(model):
 
 # a mistyped model on the command line is refused before the DAG is built, in one line
 for target in map(Path, sys.argv[1:]):
-    if target.parts[:1] == ("results",) and len(target.parts) > 2:
+    if target.parts[:1] == ("results",) and len(target.parts) > 2 and target.parts[1] not in ("studies", "trained"):
         settings(target.parts[1])
 
 
@@ -142,6 +142,12 @@ def section(*names):
 def sheet(wildcards):
     """Parameter function: the model's row of the model sheet, without its settings."""
     return checked(CONFIG.model)(wildcards.model).model_dump(exclude={"settings"})
+
+
+def trained(wildcards):
+    """Input function: the weights of a model that the workflow trains itself."""
+    path = sheet(wildcards)["path"] or ""
+    return f"{path}/model.safetensors" if path.startswith(("resources/", "results/trained/")) else []
 
 
 def base(wildcards):
@@ -230,6 +236,17 @@ def embeddings(wildcards):
     return [] if offered == [16] else f"results/{wildcards.model}/embeddings.parquet"
 
 
+@checked
+def own_plans(wildcards):
+    """Input function: precision maps of the user's own."""
+    for file in (files := settings(wildcards.model).allocate.plans):
+        if not os.path.exists(file):
+            raise BitallocError(
+                f"allocate.plans: {file} does not exist; give a .json or .yaml file with a precision map"
+            )
+    return files
+
+
 def leaked(name):
     """Input function: a table of the arm of that name, where the configuration has it."""
 
@@ -301,6 +318,52 @@ def routed(gate, pattern):
 def passed(gate):
     """Input function: the verdict itself, once it says GO."""
     return gated(gate, lambda wildcards: f"results/{wildcards.model}/gates/{gate}.json")
+
+
+# ---- studies
+@functools.cache
+def studies():
+    """Every study of config/studies, by its name."""
+    return {path.stem: configuration.read_study(path, CONFIG) for path in sorted(Path("config/studies").glob("*.yaml"))}
+
+
+@checked
+def study(wildcards):
+    """Parameter function: one study."""
+    if wildcards.study not in studies():
+        raise BitallocError(f"unknown study {wildcards.study!r}: {nearest(wildcards.study, studies())}")
+    return studies()[wildcards.study]
+
+
+def study_section(*names):
+    """Parameter function: the named sections of a model's configuration in a study, as plain values."""
+
+    @checked
+    def chosen(wildcards):
+        whole = CONFIG.for_study(wildcards.model, study(wildcards)).model_dump(mode="json")
+        return {name: whole[name] for name in names}
+
+    return chosen
+
+
+@checked
+def study_run(wildcards):
+    """Models of a study that are not left out."""
+    named = study(wildcards).models
+    if not (found := [model for model in named if model not in CONFIG.skip]):
+        raise BitallocError(f"no model of the study {wildcards.study} is left: {CONFIG.skip[named[0]]}")
+    return found
+
+
+def study_models(pattern):
+    """Input function: the pattern for every model of a study."""
+    return lambda wildcards: expand(pattern, study=wildcards.study, model=study_run(wildcards))
+
+
+def study_runs(wildcards):
+    """Parameter function: rules that are run in packed INT8 codes."""
+    chosen = study(wildcards)
+    return [rule for rule in ("all_low", "champion") if rule in chosen.rules and chosen.low == "int8"]
 
 
 # ---- HumanEval
