@@ -36,7 +36,7 @@ from bitalloc.option import from_row
 from bitalloc.provenance import run_record
 from bitalloc.quant import CompressedMatrix
 from bitalloc.suites.scoring import Head, Windows, compare, hidden
-from bitalloc.tables import INVENTORY, PLAN, PLANS, TOKENS
+from bitalloc.tables import INVENTORY, PLAN, TOKENS
 from bitalloc.tune import Tuned, tune
 
 ROWS: dict[str, dict[str, Any]] = {
@@ -85,9 +85,8 @@ class Model:
             }
 
     def plans(self) -> Iterator[tuple[str, pd.DataFrame]]:
-        plans = PLANS.read(self.folder / "plans.parquet")
-        for name in plans.loc[plans["strategy"] == "best", "plan"]:
-            yield name, PLAN.read(self.folder / "plans" / f"{name}.parquet")
+        for path in sorted((self.folder / "plans").glob("best-*.parquet")):
+            yield path.stem, PLAN.read(path)
 
     @torch.inference_mode()
     def kl(self, plan: pd.DataFrame, matrix: Callable[..., CompressedMatrix]) -> dict[str, float]:

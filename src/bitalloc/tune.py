@@ -111,7 +111,7 @@ class Tuned:
         return CompressedMatrix.from_tensors(option, row["rows"], row["columns"], tensors)
 
     def _key(self, layer: str, option: Option) -> str | None:
-        learnable = option.quantizer != PASS_THROUGH and layer not in self.experiments.tables
+        learnable = option.quantizer != PASS_THROUGH and self.block[layer] >= 0
         return self.keys.get(self.block[layer]) if learnable else None
 
 
