@@ -182,7 +182,7 @@ def components(reader: Reader, seeds: int) -> list[dict]:
                 "budget": budget, "strategy": name, "seed": seed, "readings": readings,
                 "nbytes": genomes.nbytes(level_G), "select_kl": kl(level_G), "report_kl": held.kl,
                 **against(held, reference),
-                "map": precision.compact(genomes.mapping(level_G)),
+                "map": json.dumps(precision.compact(genomes.mapping(level_G))),
             })  # fmt: skip
     return rows
 
