@@ -174,9 +174,15 @@ class Genomes:
                 f"evolve.budget of {budget:,} bytes is below the {self.floor:,} of the smallest genome; raise it or "
                 "offer fewer bits in evolve.precisions"
             )
-        held = {name: inventory[inventory["tensor"].isin(tensors)] for name, tensors in parts.items()}
-        sizes = [[precision.nbytes(held[name], {name: p}) for p in levels] for name, levels in self.levels.items()]
-        added = [[size - each[0] for size in each] for each in sizes]
+        size: dict[Any, int] = {}  # by shapes, which most blocks share
+        added = []
+        for name, levels in self.levels.items():
+            held = inventory[inventory["tensor"].isin(parts[name])]
+            shapes = tuple(held[["rows", "columns", "claimed"]].itertuples(index=False, name=None))
+            for level in levels:
+                if (shapes, level) not in size:
+                    size[shapes, level] = precision.nbytes(held, {name: level})
+            added.append([size[shapes, level] - size[shapes, levels[0]] for level in levels])
         self.space = Space(added, None if budget is None else budget - self.floor)
 
     def nbytes(self, level_G: Genome) -> int:
