@@ -40,6 +40,7 @@ from bitalloc.suites import intervals, spread
 from bitalloc.tables import COSTS, INVENTORY, PLAN, PLANS, SENSITIVITY, TOKENS
 
 TOKENS_READ, REPORT_WINDOWS = 2048, 24
+MORE = 8192  # tokens by which the plans of the pipeline are polished as well
 OFFSPRING = 4
 PRECISIONS = ["fp16", "int8", "int4", "int3", "int2"]
 PENALTIES = (2.5, 10.0, 40.0)
@@ -65,6 +66,7 @@ class Reader:
             spread(tokens, TOKENS_READ // each, "select"),
             spread(tokens, REPORT_WINDOWS, "report"),
             spread(tokens, TOKENS_READ // each // 2, "select"),
+            spread(tokens, MORE // each, "select"),
         ]
 
     def bench(self, weight: Callable[[str, str], torch.Tensor]) -> Bench:
@@ -182,7 +184,7 @@ def components(reader: Reader, seeds: int) -> list[dict]:
                 "budget": budget, "strategy": name, "seed": seed, "readings": readings,
                 "nbytes": genomes.nbytes(level_G), "select_kl": kl(level_G), "report_kl": held.kl,
                 **against(held, reference),
-                "map": precision.compact(genomes.mapping(level_G)),
+                "map": json.dumps(precision.compact(genomes.mapping(level_G))),
             })  # fmt: skip
     return rows
 
@@ -207,20 +209,21 @@ def matrices(reader: Reader, seeds: int, readings: int = 61) -> list[dict]:
             chosen = [instance.options[options[level]].name for options, level in zip(offered, level_N, strict=True)]
             return dict(zip(instance.layers, chosen, strict=True))
 
-        def score(some: Sequence[Genome], _: int) -> list[float]:
-            return [-bench.measure(state(level_N), [0]).kl for level_N in some]
-
         before = bench.measure(state(start_N), [1])
-        for seed in range(seeds):
+        for (read, place), seed in product(((TOKENS_READ, 0), (MORE, 3)), range(seeds)):
+
+            def score(some: Sequence[Genome], _: int, place: int = place) -> list[float]:
+                return [-bench.measure(state(level_N), [place]).kl for level_N in some]
+
             how = {"generations": (readings - 1) // OFFSPRING, "offspring": OFFSPRING, "switches": 1, "seed": seed}
             path = list(search.evolve(space, start_N, score, **how))
             held = bench.measure(state(path[-1].champion_G), [1])
             rows.append({
-                "plan": row["plan"], "seed": seed, "readings": path[-1].evaluations,
+                "plan": row["plan"], "tokens": read, "seed": seed, "readings": path[-1].evaluations,
                 "select_kl_before": -path[0].fitness, "select_kl": -path[-1].fitness,
                 "report_kl_before": before.kl, "report_kl": held.kl, **against(held, before),
             })  # fmt: skip
-            print(f"matrices: {row['plan']}, seed {seed} done, {bench.read} read", flush=True)
+            print(f"matrices: {row['plan']}, {read} tokens, seed {seed} done, {bench.read} read", flush=True)
     return rows
 
 

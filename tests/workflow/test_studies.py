@@ -10,7 +10,7 @@ pytestmark = pytest.mark.workflow
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory) -> Project:
     """The workflow, and no results."""
-    return Project(tmp_path_factory.mktemp("studies") / "project")
+    return Project(tmp_path_factory.mktemp("studies"))
 
 
 def test_a_study_trains_what_it_lacks_and_leaves_out_what_is_skipped(bare):

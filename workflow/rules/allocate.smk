@@ -8,7 +8,7 @@ rule allocate:
         inventory="results/{model}/inventory.parquet",
         embeddings=embeddings,
         leaked=leaked("sensitivity.parquet"),
-        files=own_plans,
+        files=lambda wildcards: own_plans(wildcards.model),
         verdicts=["results/{model}/gates/sweep.json", "results/{model}/gates/fit.json"],
     output:
         plans="results/{model}/candidates.parquet",

@@ -128,10 +128,35 @@ def settings(model):
     return CONFIG.for_model(model)
 
 
-# a mistyped model on the command line is refused before the DAG is built, in one line
+@functools.cache
+def studies():
+    """Every study of config/studies, by its name."""
+    return {path.stem: configuration.read_study(path, CONFIG) for path in sorted(Path("config/studies").glob("*.yaml"))}
+
+
+@checked
+def named_study(name):
+    """A study; raises for an unknown one."""
+    if name not in studies():
+        raise BitallocError(f"unknown study {name!r}: {nearest(name, studies())}")
+    return studies()[name]
+
+
+@checked
+def own_plans(model):
+    """Precision maps of the user's own; raises for one that does not exist."""
+    for file in (files := settings(model).allocate.plans):
+        if not os.path.exists(file):
+            raise BitallocError(
+                f"allocate.plans: {file} does not exist; give a .json or .yaml file with a precision map"
+            )
+    return files
+
+
+# a mistyped name on the command line, or in what it asks for, is refused before the DAG is built, in one line
 for target in map(Path, sys.argv[1:]):
-    if target.parts[:1] == ("results",) and len(target.parts) > 2 and target.parts[1] not in ("studies", "trained"):
-        settings(target.parts[1])
+    if target.parts[:1] == ("results",) and len(target.parts) > 2 and target.parts[1] != "trained":
+        (named_study(target.parts[2]) if target.parts[1] == "studies" else own_plans(target.parts[1]))
 
 
 def section(*names):
@@ -236,17 +261,6 @@ def embeddings(wildcards):
     return [] if offered == [16] else f"results/{wildcards.model}/embeddings.parquet"
 
 
-@checked
-def own_plans(wildcards):
-    """Input function: precision maps of the user's own."""
-    for file in (files := settings(wildcards.model).allocate.plans):
-        if not os.path.exists(file):
-            raise BitallocError(
-                f"allocate.plans: {file} does not exist; give a .json or .yaml file with a precision map"
-            )
-    return files
-
-
 def leaked(name):
     """Input function: a table of the arm of that name, where the configuration has it."""
 
@@ -321,18 +335,9 @@ def passed(gate):
 
 
 # ---- studies
-@functools.cache
-def studies():
-    """Every study of config/studies, by its name."""
-    return {path.stem: configuration.read_study(path, CONFIG) for path in sorted(Path("config/studies").glob("*.yaml"))}
-
-
-@checked
 def study(wildcards):
     """Parameter function: one study."""
-    if wildcards.study not in studies():
-        raise BitallocError(f"unknown study {wildcards.study!r}: {nearest(wildcards.study, studies())}")
-    return studies()[wildcards.study]
+    return named_study(wildcards.study)
 
 
 def study_section(*names):
