@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 CORES ?= 2
 DEMO := $(addprefix results/tiny/,goodhart.png report.md)
 
-.PHONY: demo test validate lint format config bench-allocate bench-clusters bench-evaluate bench-export bench-goodhart bench-memory bench-peers bench-phase bench-resume bench-rounds bench-sweep test-lepton test-slurm clean
+.PHONY: demo test lint format config bench-allocate bench-allocators bench-clusters bench-evaluate bench-evolve bench-export bench-goodhart bench-matrices bench-memory bench-peers bench-phase bench-resume bench-rounds bench-sweep test-lepton test-slurm validate clean
 
 demo: $(VENV)/.core
 	$(BIN)/snakemake $(DEMO) --cores $(CORES) --quiet rules host
@@ -75,12 +75,19 @@ bench-phase: $(VENV)/.dev
 bench-allocate: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_allocate.py
 
+bench-allocators: $(VENV)/.dev
+	$(BIN)/python benchmarks/bench_allocators.py
+
 # faults of a Lepton workspace at random moments, against a stand-in on loopback; half an hour
 bench-clusters: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_clusters.py
 
 bench-evaluate: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_evaluate.py
+
+bench-evolve: $(VENV)/.dev
+	$(BIN)/snakemake --cores $(CORES) results/tiny/plans.parquet --quiet rules host
+	$(BIN)/python benchmarks/bench_evolve.py
 
 bench-memory: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_memory.py
@@ -94,8 +101,12 @@ bench-export: $(VENV)/.dev
 bench-goodhart: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_goodhart.py
 
+bench-matrices: $(VENV)/.dev
+	$(BIN)/python benchmarks/bench_matrices.py
+
+# whole models: `make bench-peers MODEL=/a/folder TEXT=some.txt SEEDS=5`, all three optional
 bench-peers: $(VENV)/.dev
-	$(BIN)/python benchmarks/bench_peers.py
+	$(BIN)/python benchmarks/bench_peers.py --models $(or $(MODEL),$(ROUNDS)) $(TEXT:%=--text %) $(SEEDS:%=--seeds %)
 
 clean:
 	rm -rf results logs .snakemake

@@ -83,7 +83,6 @@ class World:
 
 @pytest.fixture
 def world(tmp_path) -> World:
-    torch.set_num_threads(2)
     return World(tmp_path)
 
 

@@ -491,6 +491,44 @@ def _choose(
     return pd.DataFrame(rows, columns=plans.columns), chosen
 
 
+def tuned(
+    plans: pd.DataFrame, frames: Mapping[str, pd.DataFrame], strategies: Sequence[str]
+) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:
+    """PLANS rows and PLAN frames of what compress.plans wants tuned: `tuned` copies `best`, `tuned_<name>` that one.
+
+    Bytes and options are those of the plan it copies; its codes are learned when it is compressed. Raises
+    `BitallocError` for a strategy that has no plan at a budget.
+    """
+    rows, chosen = [], {}
+    named = plans[plans["strategy"] != "random"]
+    for title in strategies:
+        if (source := tuned_from(title)) is None:
+            continue
+        copied = named[named["strategy"] == source]
+        if short := sorted(set(named.loc[named["strategy"] == "best", "budget"]) - set(copied["budget"])):
+            raise BitallocError(
+                f"compress.plans has {title!r}, but there is no plan {source!r} at {short[0]}; "
+                "add it to allocate.strategies or remove it"
+            )
+        for row in copied.to_dict("records"):
+            name = f"{title}-{budget_slug(row['budget'])}"
+            note = f"the map of {row['plan']}, codes learned (tune)"
+            rows.append({**row, "plan": name, "strategy": title, "note": note})
+            chosen[name] = frames[row["plan"]]
+    return pd.DataFrame(rows, columns=plans.columns).astype(plans.dtypes), chosen
+
+
+def tuned_from(strategy: str) -> str | None:
+    """The strategy whose map a tuned one keeps; None for one that is not tuned.
+
+    >>> tuned_from("tuned"), tuned_from("tuned_uniform"), tuned_from("best")
+    ('best', 'uniform', None)
+    """
+    if strategy != "tuned" and not strategy.startswith("tuned_"):
+        return None
+    return strategy.removeprefix("tuned").removeprefix("_") or "best"
+
+
 def write_overrides(plan: pd.DataFrame, row: Mapping[str, Any]) -> str:
     """The plan as YAML for people: its row of PLANS as comments, then layer: {quantizer, bits, group_size, rank}."""
     head = [f"# {name}: {row[name]}" for name in row if not pd.isna(row[name]) and row[name] != ""]

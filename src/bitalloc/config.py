@@ -159,17 +159,90 @@ def _fits(budget: Any) -> Any:
     raise ValueError("write a budget as 8GB, 2.6bpw, uniform 3b, or fits: {memory: 24GB, context: 8192, batch: 1}")
 
 
+class Evolve(Section):
+    precisions: list[Literal["fp32", "fp16", "int8", "int4", "int3", "int2"]] = Field(
+        ["fp32", "fp16", "int8", "int4"], min_length=1, description="offered to every component but the final norm"
+    )
+    fitness: Literal["ppl", "kl"] = Field(
+        "ppl",
+        description="baseline bytes / bytes - penalty x degradation; ppl: max(0, (ppl - ppl0) / ppl0); kl: e^KL - 1",
+    )
+    penalty: Annotated[float, Field(ge=0)] = Field(10.0, description="compression that a degradation of 1 costs")
+    budget: str | None = Field(
+        None, description="bytes of the checkpoint that no genome exceeds, 141MB; fitness is then -degradation alone"
+    )
+    start: Literal["uniform", "optimal"] = Field(
+        "uniform", description="the first champion; optimal: additive, from the KL of single components"
+    )
+    generations: Positive = Field(20, description="at most; fewer where nothing new is left to try")
+    offspring: Positive = Field(16, description="children of a generation")
+    switches: Positive = Field(3, description="levels that a child switches, at most")
+    stages: list[tuple[Positive, Positive]] = Field(
+        [(2048, 4), (8192, 1)],
+        min_length=1,
+        description="[tokens of the select split that are read, children that go on], the last stage with 1",
+    )
+    seeds: Positive = Field(1, description="searches, with seeds seed, seed + 1, ..; the fittest champion is kept")
+
+    @field_validator("stages")
+    @classmethod
+    def _narrowing(cls, stages: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        tokens, survivors = zip(*stages, strict=True)
+        if (
+            list(tokens) != sorted(set(tokens))
+            or list(survivors) != sorted(survivors, reverse=True)
+            or survivors[-1] != 1
+        ):
+            raise ValueError("stages read more and more tokens and let fewer and fewer children on, the last one 1")
+        return stages
+
+
 class Compress(Section):
-    plans: list[str] = Field(["best"], description="strategies whose plans are written as checkpoints, at every budget")
+    plans: list[str] = Field(
+        ["best"],
+        description="strategies whose plans are written as checkpoints, at every budget; tuned: the map of best, its "
+        "codes learned, tuned_<strategy>: that of another",
+    )
 
     @field_validator("plans")
     @classmethod
     def _shipped(cls, plans: list[str]) -> list[str]:
-        if kept := [name for name in plans if name in ("component", "leaked")]:
+        if kept := [name for name in plans if name.removeprefix("tuned_") in ("component", "leaked")]:
             raise ValueError(f"{kept[0]} plans serve the analysis alone; no checkpoint is made of them")
         if free := [name for name in plans if name in ("position", "file")]:
             raise ValueError(f"{free[0]} plans are at no budget; ask for results/<model>/models/<plan>")
         return plans
+
+
+class Tune(Section):
+    learn: list[Literal["rounding", "scales", "zeros", "factors"]] = Field(
+        ["rounding", "scales"], description="what is learned block by block; bytes stay as they are"
+    )
+    iterations: Annotated[int, Field(ge=0)] = Field(200, description="steps a block")
+    optimizer: Literal["sign", "adam"] = Field("sign", description="signed gradient descent, or Adam")
+    rate: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="of the first step, in codes; it falls linearly to 0; null: 1 / iterations"
+    )
+    start: Literal["swept", "nearest"] = Field("swept", description="from the plan's codes, or rounded to nearest")
+    inputs: Literal["tuned", "original"] = Field(
+        "tuned",
+        description="what a block learns from: the output of the tuned blocks before it, or of the original ones",
+    )
+    windows: Positive = Field(128, description="calibrate windows that are learned on, drawn by seed; all if fewer")
+    holdout: Share = Field(0.125, description="share of them that only judges the iterates")
+    batch: Positive = Field(8, description="windows a step")
+    polish: Annotated[int, Field(ge=0)] = Field(
+        200,
+        description="steps through the whole model, against the KL of its predictions; 0: none. In memory: the model "
+        "and some 12 bytes for each weight of its matrices",
+    )
+    polish_learn: list[Literal["rounding", "scales", "zeros", "factors"]] = Field(
+        ["rounding", "scales", "factors"], description="what these steps learn"
+    )
+    polish_optimizer: Literal["sign", "adam"] = Field("adam", description="signed gradient descent, or Adam")
+    polish_rate: Annotated[float, Field(gt=0)] | None = Field(
+        0.001, description="of the first of them; null: 1 / polish"
+    )
 
 
 class Export(Section):
@@ -416,6 +489,8 @@ class Config(Section):
     sensitivity: Sensitivity = Field(default_factory=Sensitivity)
     fit: Fit = Field(default_factory=Fit)
     allocate: Allocate = Field(default_factory=Allocate)
+    tune: Tune = Field(default_factory=Tune)
+    evolve: Evolve = Field(default_factory=Evolve)
     compress: Compress = Field(default_factory=Compress)
     export: Export = Field(default_factory=Export)
     evaluate: Evaluate = Field(default_factory=Evaluate)

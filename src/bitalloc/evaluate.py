@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import binom
+from scipy.special import bdtrc
 
 from bitalloc import config, cost
 from bitalloc.cost import NAMED, POOL, Work
@@ -469,7 +469,7 @@ def summarise(
             error = intervals.standard_error(part["value"], part["group"])
             found[metric.replace(",", "_stderr,")] = intervals.Interval(error, np.nan, np.nan, len(part))
         chance = chances.get((suite, task, metric), np.nan)
-        lucky = chance > 0 and binom.sf(part["value"].sum() - 1, len(part), chance) > (1 - intervals.COVERAGE) / 2
+        lucky = chance > 0 and bdtrc(part["value"].sum() - 1, len(part), chance) > (1 - intervals.COVERAGE) / 2
         if plan == REFERENCE and (found[metric].lo <= chance or lucky):
             floors.add((suite, task, metric))
         protocol = f"{protocols[plan, suite, task]}; 95 % percentile bootstrap, {resamples} resamples"

@@ -327,6 +327,28 @@ PLANS = Table(
         Column("note", STR, "who won (best), what was restricted, why a control is missing (optimal), or empty"),
     ),
 )
+EVOLUTION = Table(
+    "evolution",
+    "The champion of every generation of the evolutionary search, by seed.",
+    ("seed", "generation"),
+    (
+        Column("seed", INT, "of the search"),
+        Column("generation", INT, "0 is the start"),
+        Column("champion", STR, "its precision map, JSON"),
+        Column("fitness", FLOAT, "compression - penalty x degradation; -degradation where a budget is set"),
+        Column("nbytes", INT, "bytes of the checkpoint, scales included, a tied head once"),
+        Column("compression", FLOAT, "bytes with 16 bits everywhere / nbytes"),
+        Column("ppl", FLOAT, "e^nll over the windows of the last stage, select split"),
+        Column("reference_ppl", FLOAT, "the same of the unquantised model"),
+        Column("kl_nats_per_token", FLOAT, "KL to the unquantised model on those windows"),
+        Column("report_ppl", FLOAT, "e^nll over the report windows, which choose nothing"),
+        Column("report_reference_ppl", FLOAT, "the same of the unquantised model"),
+        *_estimate("report_loss_nats_per_token", "nll less that of the unquantised model on the report windows"),
+        Column("report_kl_nats_per_token", FLOAT, "KL to the unquantised model on the report windows"),
+        Column("changed", STR, "components that differ from the champion before; empty where it stayed"),
+        Column("evaluations", INT, "genomes tried up to here, at whatever stage"),
+    ),
+)
 ARMS = ("component", "leaked")  # for one analysis each
 FREE = ("position", "file")  # plans by rule and of the user's own: at no equal-byte budget
 
@@ -336,6 +358,28 @@ def without_arms(plans: pd.DataFrame) -> pd.DataFrame:
     return plans[~plans["strategy"].str.fullmatch("|".join(rf"{arm}(_\d+)?" for arm in (*ARMS, *FREE)))]
 
 
+TUNED = Table(
+    "tuned",
+    "What learning the codes of a plan brought: each block, the polish of the whole model, and the verdict.",
+    ("plan", "part", "block"),
+    (
+        Column("plan", STR, "name of the plan"),
+        Column("part", STR, "block; polish: all blocks at once; select: whether the tuned plan is shipped"),
+        Column("block", INT, "index of the block; -1 for the whole model"),
+        Column("step", INT, "the iterate that was kept, 0 = the start"),
+        Column(
+            "loss_before",
+            FLOAT,
+            "block: ||Y - Y*||^2 / ||Y*||^2 of its output on held-out calibrate windows, swept codes; polish: KL, "
+            "there too, codes learned block by block; select: KL on the select split, swept codes; nats a token",
+        ),
+        Column("loss_after", FLOAT, "the same of what was learned"),
+        Column("kept", BOOL, "lower than before; else the codes before it stay"),
+        Column("note", STR, "why nothing was kept, or empty"),
+        Column("wall_s", FLOAT, "seconds"),
+        Column("key", STR, "shard in the store"),
+    ),
+)
 CHECKPOINTS = Table(
     "checkpoints",
     "Checkpoints that were written, and whether they have the promised size.",
@@ -621,7 +665,7 @@ TABLES = {
     table.name: table
     for table in (
         INVENTORY, TOKENS, ITEMS, READINGS, MOMENTS, SWEEP, SENSITIVITY, EMBEDDINGS, LAW, RESIDUALS, COSTS, PLAN, PLANS,
-        CHECKPOINTS, EXPORTS, COST, EVALUATE, RESPONSES, SAMPLES, OUTCOMES, HUMANEVAL, GATES, GOODHART, PHASE, CONTROLS,
-        SUCCESS, BACKENDS, POSITION, CRITERIA,
+        TUNED, EVOLUTION, CHECKPOINTS, EXPORTS, COST, EVALUATE, RESPONSES, SAMPLES, OUTCOMES, HUMANEVAL, GATES,
+        GOODHART, PHASE, CONTROLS, SUCCESS, BACKENDS, POSITION, CRITERIA,
     )
 }  # fmt: skip

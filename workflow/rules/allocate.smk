@@ -66,6 +66,7 @@ rule allocate_best:
     conda:
         "../../envs/bitalloc.yaml"
     params:
+        settings=section("compress"),
         code=code("allocate"),
     script:
         "../../scripts/allocate_best.py"

@@ -14,7 +14,7 @@ from snakemake_interface_executor_plugins.settings import ExecMode
 
 from bitalloc import config as configuration
 from bitalloc import provenance
-from bitalloc.allocate import budget_slug
+from bitalloc.allocate import budget_slug, tuned_from
 from bitalloc.errors import BitallocError, nearest
 from bitalloc.execute import REFERENCE, permit
 from bitalloc.families import family
@@ -100,6 +100,7 @@ localrules:
     stop_sign,
     sweep_assemble,
     allocate_best,
+    tune_merge,
     compress_merge,
     evaluate_merge,
     humaneval_merge,
@@ -235,6 +236,25 @@ def compressed_plans(wildcards):
     return [f"{strategy}-{budget_slug(budget)}" for strategy in compress.plans for budget in allocation.budgets]
 
 
+def tuned(wildcards):
+    """Input function: what was learned, of a plan that is tuned."""
+    strategies = [name for name in settings(wildcards.model).compress.plans if tuned_from(name)]
+    if any(wildcards.plan.startswith(f"{name}-") for name in strategies):
+        return f"results/{wildcards.model}/tune/{wildcards.plan}.parquet"
+    return []
+
+
+@checked
+def tuned_parts(wildcards):
+    """Tables of the plans whose codes are learned."""
+    allocation, compress = settings(wildcards.model).allocate, settings(wildcards.model).compress
+    strategies = [name for name in compress.plans if tuned_from(name)]
+    if not strategies:
+        raise BitallocError(f"{wildcards.model} tunes no plan; add `tuned` to compress.plans")
+    names = [f"{strategy}-{budget_slug(budget)}" for strategy in strategies for budget in allocation.budgets]
+    return expand("results/{model}/tune/{plan}.parquet", model=wildcards.model, plan=names)
+
+
 def embeddings(wildcards):
     """Input function: what embedding and head cost, where the sweep offers them fewer than 16 bits."""
     offered = settings(wildcards.model).sweep.embedding_bits
@@ -267,7 +287,8 @@ def backends_parts(wildcards):
     """Tables of every plan in every backend that the configuration names."""
     asked, allocation = settings(wildcards.model).backends, settings(wildcards.model).allocate
     slugs = [budget_slug(budget) for budget in allocation.budgets]
-    plans = [f"{strategy}-{slug}" for strategy in ("best", *allocation.strategies) for slug in slugs]
+    named = dict.fromkeys(["best", *allocation.strategies, *settings(wildcards.model).compress.plans])
+    plans = [f"{strategy}-{slug}" for strategy in named for slug in slugs]
     for what, given, known in (("plan", asked.plans, plans), ("backend", asked.names, type(asked)().names)):
         for name in given:
             if name not in known:

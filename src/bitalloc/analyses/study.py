@@ -127,7 +127,7 @@ class Study:
         if self.plans.empty:
             raise BitallocError("no plan has responses in every suite: run evaluate before analyze")
         inside = self.plans[~self.plans["strategy"].isin(APART)]
-        # the winner is a copy of another plan, and a plan under two names would count twice
+        # the winner is a copy of another plan, a tuned one has its map: of equal maps one counts
         distinct = inside.drop_duplicates(["budget", "nbytes", "objective"])
         self.strata = {str(budget): part["plan"].tolist() for budget, part in distinct.groupby("budget", sort=False)}
         self.named = inside[inside["strategy"] != POOL]

@@ -2,6 +2,7 @@
 
 from bitalloc.figures.backends import backends
 from bitalloc.figures.domains import domains
+from bitalloc.figures.evolution import evolution
 from bitalloc.figures.goodhart import goodhart
 from bitalloc.figures.law import law
 from bitalloc.figures.phase import phase
@@ -9,4 +10,16 @@ from bitalloc.figures.position import position
 from bitalloc.figures.sensitivity import errors, plan, sensitivity
 from bitalloc.figures.style import stamp
 
-__all__ = ["backends", "domains", "errors", "goodhart", "law", "phase", "plan", "position", "sensitivity", "stamp"]
+__all__ = [
+    "backends",
+    "domains",
+    "errors",
+    "evolution",
+    "goodhart",
+    "law",
+    "phase",
+    "plan",
+    "position",
+    "sensitivity",
+    "stamp",
+]
