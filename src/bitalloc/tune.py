@@ -46,8 +46,8 @@ LOGITS = 2**25  # entries of [N, T, V] that are in memory at once
 LOOKS = 10  # times that a descent looks at the windows held out
 # what a step of rate 1 moves: codes, shares of a scale, zero points, entries of a factor (of 127)
 UNITS = {
-    "sign": {"rounding": 1.0, "scales": 1.0, "zeros": 1.0, "factors": 40.0},
-    "adam": {"rounding": 1.0, "scales": 1.0, "zeros": 1.0, "factors": 100.0},
+    "sign": {"rounding": 1.0, "scales": 1.0, "zeros": 4.0, "factors": 40.0},
+    "adam": {"rounding": 1.0, "scales": 1.0, "zeros": 4.0, "factors": 100.0},
 }
 
 
@@ -184,7 +184,10 @@ def descend(
     sign(gradient) (Cheng et al. 2023), adam: torch's at rate x unit; the units are `UNITS`.
     """
     groups = [
-        {"params": matrix.parameters[part], "unit": UNITS[optimizer][part]}
+        {
+            "params": matrix.parameters[part],
+            "unit": UNITS[optimizer][part] / (matrix.top / 3 if part == "scales" else 1),
+        }
         for matrix in learned.values()
         for part in parts
     ]

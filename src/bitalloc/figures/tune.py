@@ -18,13 +18,14 @@ def tune(options: pd.DataFrame, path: Path, stamp: str, *, model: str, seed: int
     """TUNED_OPTIONS -> PNG: the error of the learned block against the mean error of its matrices in the sweep."""
     rho, low, high = agreement(options, seed=seed)
     left = np.exp(np.log(options["block_error_learned"] / options["block_error_swept"]).mean())
+    idle = int((options["block_error_learned"] >= options["block_error_swept"]).sum())
     how = "as learned rounding does" if low > 0.9 else "like learned rounding only in part"
     sentence = f"The sweep's errors rank options {how}: Spearman {rho:.3f} [{low:.3f}, {high:.3f}]"
     footer = (
         f"{model}: {len(options)} pairs of a block and an option, drawn at random; all matrices of the block at the "
         "option, inputs of the original model, held-out calibrate windows. Spearman's rho of errors over the geometric "
         f"mean of their block; 95 % bootstrap over pairs. Learning leaves {left:.2f} of the block's error (geometric "
-        f"mean). {stamp}"
+        f"mean), and all of it in {idle} pairs. {stamp}"
     )
     with page(8.0, 5.4, path) as figure:
         bottom, top = headline(figure, sentence, footer)
