@@ -96,6 +96,18 @@ def test_claims_that_fail_are_not_met_and_what_noise_hides_is_open():
     assert verdicts(judged(planted(noise=1.0)), "early > 2 x middle") == ["open", "open"]
 
 
+def test_a_claim_about_several_models_allows_for_their_number():
+    """Of six values of which each looks bad by chance one time in forty, one that just does says little."""
+
+    def rows(*values: float) -> list[dict]:
+        return [{"value": value, "deviation": 0.45, "df": 23.0, "verdict": "open"} for value in values]
+
+    whole = position._every("holds off home", rows(-1.0, 1.0, 1.0, 1.0, 1.0, 1.0), "", "")
+    assert whole["verdict"] == "open" and whole["lo"] < whole["value"] == -1 < 0 < whole["hi"]
+    assert position._every("holds off home", rows(-1.0), "", "")["verdict"] == "not met"  # t(.975; 23) .45 = .93
+    assert position._every("holds off home", rows(-2.0, 1.0), "", "")["verdict"] == "not met"
+
+
 def test_early_mlps_that_do_nothing_beside_harmful_middle_ones_meet_nothing():
     frame = judged(planted(worth={"early": -0.05, "middle": -0.3}))
     assert verdicts(frame, "early > 2 x middle") == ["not met", "not met"]
