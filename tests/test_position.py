@@ -185,6 +185,11 @@ def test_the_scripts_go_from_a_model_to_verdicts(llama, tmp_path):
         rules=["all_low", "champion"], inputs=inputs | {"folder": tmp_path / "plans"}, settings=settings,
         remote_code=False, path_to_table=tmp_path / "backends.parquet",
     )  # fmt: skip
+    ran = BACKENDS.read(tmp_path / "backends.parquet").set_index(["plan", "backend"])
+    ppl = ran.loc["all_low", "ppl"]
+    lost = np.log(ppl["torchao_int8"] / ppl["native"])  # whose codes are those that were simulated
+    assert ran.loc[("all_low", "torchao_int8"), "loss_nats_per_token"] == pytest.approx(lost, rel=1e-3, abs=1e-7)
+    assert ran.loc[("all_low", "native"), "loss_nats_per_token"] == 0 < ran.loc[("champion", "native"), "speedup_lo"]
     script("position")(
         study=study, sheets={"m": Model(path="/nowhere", family="llama", blocks=4)}, skipped={"n": "n: no such folder"},
         inputs={
