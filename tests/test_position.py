@@ -96,6 +96,18 @@ def test_claims_that_fail_are_not_met_and_what_noise_hides_is_open():
     assert verdicts(judged(planted(noise=1.0)), "early > 2 x middle") == ["open", "open"]
 
 
+def test_a_claim_about_several_models_allows_for_their_number():
+    """Of six values of which each looks bad by chance one time in forty, one that just does says little."""
+
+    def rows(*values: float) -> list[dict]:
+        return [{"value": value, "deviation": 0.45, "df": 23.0, "verdict": "open"} for value in values]
+
+    whole = position._every("holds off home", rows(-1.0, 1.0, 1.0, 1.0, 1.0, 1.0), "", "")
+    assert whole["verdict"] == "open" and whole["lo"] < whole["value"] == -1 < 0 < whole["hi"]
+    assert position._every("holds off home", rows(-1.0), "", "")["verdict"] == "not met"  # t(.975; 23) .45 = .93
+    assert position._every("holds off home", rows(-2.0, 1.0), "", "")["verdict"] == "not met"
+
+
 def test_early_mlps_that_do_nothing_beside_harmful_middle_ones_meet_nothing():
     frame = judged(planted(worth={"early": -0.05, "middle": -0.3}))
     assert verdicts(frame, "early > 2 x middle") == ["not met", "not met"]
@@ -173,6 +185,11 @@ def test_the_scripts_go_from_a_model_to_verdicts(llama, tmp_path):
         rules=["all_low", "champion"], inputs=inputs | {"folder": tmp_path / "plans"}, settings=settings,
         remote_code=False, path_to_table=tmp_path / "backends.parquet",
     )  # fmt: skip
+    ran = BACKENDS.read(tmp_path / "backends.parquet").set_index(["plan", "backend"])
+    ppl = ran.loc["all_low", "ppl"]
+    lost = np.log(ppl["torchao_int8"] / ppl["native"])  # whose codes are those that were simulated
+    assert ran.loc[("all_low", "torchao_int8"), "loss_nats_per_token"] == pytest.approx(lost, rel=1e-3, abs=1e-7)
+    assert ran.loc[("all_low", "native"), "loss_nats_per_token"] == 0 < ran.loc[("champion", "native"), "speedup_lo"]
     script("position")(
         study=study, sheets={"m": Model(path="/nowhere", family="llama", blocks=4)}, skipped={"n": "n: no such folder"},
         inputs={

@@ -251,3 +251,13 @@ def test_a_plan_of_another_model_is_refused(tmp_path: Path) -> None:
             path=bench.path, inventory=bench.inventory, experiments=bench.experiments, tokens=tokens(), items=items(),
             split="report", device=CPU, settings=Evaluate(suites=["divergence"]), store=bench.store,
         ).subject("p", plan.replace({"layer": {"transformer.wpe": "nowhere"}}))  # fmt: skip
+
+
+def test_positions_that_shift_their_ids_are_scored_but_not_packed(tmp_path: Path) -> None:
+    bench, plan = made("opt", tmp_path)
+    assert "model.decoder.embed_positions" in set(plan["layer"])
+    compress({"p": plan}, results=tmp_path, experiments=bench.experiments, inventory=bench.inventory)
+    with pytest.raises(
+        BitallocError, match="OPTLearnedPositionalEmbedding, which cannot be packed; keep it at 16 bits"
+    ):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "models/p")

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.special import stdtrit
 
 from bitalloc.config import Model, Study, load
 from bitalloc.errors import BitallocError
@@ -104,8 +105,7 @@ def criteria(
     """CRITERIA: what was claimed of positions, and the verdict on each claim. `skipped`: model -> why it is left out.
 
     `met` and `not met` are said where the whole interval lies on that side, `open` where it does not; `not run` has its
-    reason. A claim about several models is met where it is met in each and not met where it is not met in one; its
-    value is that of the weakest.
+    reason. A claim about several models is about the least of their values, whose interval allows for their number.
     """
     rows: list[Row] = []
     early: dict[tuple[str, str, str], list[Row]] = {}
@@ -167,7 +167,7 @@ def _generalises(study: Study, measured: Sequence[Measured], home: Mapping[str, 
 
 
 def _every(criterion: str, rows: Sequence[Row], told: str, reason: str) -> Row:
-    """One claim from several: the least value, and the verdict that all of them allow."""
+    """One claim from several: the least value, its interval that of the minimum by Bonferroni (all hold at once)."""
     place = {
         "criterion": criterion,
         "model": "all",
@@ -177,12 +177,15 @@ def _every(criterion: str, rows: Sequence[Row], told: str, reason: str) -> Row:
     run = [row for row in rows if row["verdict"] != NOT_RUN]
     if not run:
         return _row(place, why=reason or "nothing was measured")
+    half = [float(stdtrit(row["df"], 1 - 0.025 / len(run))) * row["deviation"] for row in run]
+    lo, hi = (min(row["value"] + sign * each for row, each in zip(run, half, strict=True)) for sign in (-1, 1))
+    found = Estimate(min(row["value"] for row in run), lo, hi, math.nan, math.nan)
     verdicts = [row["verdict"] for row in run]
-    verdict = NOT_MET if NOT_MET in verdicts else OPEN if OPEN in verdicts else MET
-    weakest = min(run, key=lambda row: row["value"])
-    found = Estimate(weakest["value"], min(row["lo"] for row in run), min(row["hi"] for row in run), math.nan, math.nan)
+    verdict = _above(found, 0.0)
+    if verdict == MET and set(verdicts) != {MET}:
+        verdict = OPEN
     counts = ", ".join(f"{verdicts.count(word)} {word}" for word in (MET, OPEN, NOT_MET) if word in verdicts)
-    why = f"{counts} of {len(run)}" + (f" ({told})" if told else "")
+    why = f"the least of {len(run)}: {counts}" + (f" ({told})" if told else "")
     return _row(place, found, len(run), comparison="> 0", verdict=verdict, why=why)
 
 
@@ -245,7 +248,10 @@ def _row(
     why: str = "",
 ) -> Row:
     value, lo, hi = (found.value, found.lo, found.hi) if found else (math.nan,) * 3
-    return place | {
+    known = {"deviation": found.deviation, "df": found.df} if found else {}
+    return {
+        **place,
+        **known,
         "value": value,
         "lo": lo,
         "hi": hi,
