@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 CORES ?= 2
 DEMO := $(addprefix results/tiny/,goodhart.png report.md)
 
-.PHONY: demo test lint format config bench-allocate bench-allocators bench-clusters bench-evaluate bench-evolve bench-export bench-goodhart bench-matrices bench-memory bench-peers bench-phase bench-resume bench-rounds bench-sweep test-lepton test-slurm validate clean
+.PHONY: demo test lint format config bench-allocate bench-allocators bench-clusters bench-evaluate bench-evolve bench-export bench-goodhart bench-matrices bench-memory bench-peers bench-phase bench-resume bench-rounds bench-sweep bench-tune test-lepton test-slurm validate clean
 
 demo: $(VENV)/.core
 	$(BIN)/snakemake $(DEMO) --cores $(CORES) --quiet rules host
@@ -107,6 +107,10 @@ bench-matrices: $(VENV)/.dev
 # whole models: `make bench-peers MODEL=/a/folder TEXT=some.txt SEEDS=5`, all three optional
 bench-peers: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_peers.py --models $(or $(MODEL),$(ROUNDS)) $(TEXT:%=--text %) $(SEEDS:%=--seeds %)
+
+bench-tune: $(VENV)/.dev
+	$(BIN)/snakemake --cores $(CORES) $(ROUNDS:%=results/%/plans.parquet) --quiet rules host
+	$(BIN)/python benchmarks/bench_tune.py --models $(ROUNDS) --seeds 5
 
 clean:
 	rm -rf results logs .snakemake

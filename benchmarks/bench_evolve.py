@@ -2,7 +2,7 @@
 
 python benchmarks/bench_evolve.py [--model tiny] [--seeds 5]  ->  tables, and benchmarks/results/evolve.json
 
-Needs results/MODEL/plans.parquet (make demo). Every genome is read on the same tokens of the select split, KL to the
+Needs the costs of results/MODEL (make demo). Every genome is read on the same tokens of the select split, KL to the
 unquantised model; what wins is read on report windows, which choose nothing. DP and greedy see the KL of single
 components, a table that takes as many readings as random and evolve have. Readings are kept: a run that was killed
 goes on. Four parts: `small`, all genomes of eight components at two precisions, exhaustively; `components`, three
@@ -23,12 +23,11 @@ import pandas as pd
 import torch
 
 from bitalloc import config, precision, search
-from bitalloc.allocate import build
+from bitalloc.allocate import build, parse_budget
 from bitalloc.config import Evolve
 from bitalloc.evolve import Bench, Genomes, Measured, Search, weights
 from bitalloc.experiments import open_experiments
 from bitalloc.gates import read_verdict
-from bitalloc.option import Option
 from bitalloc.provenance import run_record, source_digest
 from bitalloc.search import Genome, Space
 from bitalloc.statistics import hypervolume
@@ -37,9 +36,10 @@ from bitalloc.strategies import STRATEGIES
 from bitalloc.strategies.evolve import levels, nearest
 from bitalloc.strategies.optimal import solve
 from bitalloc.suites import intervals, spread
-from bitalloc.tables import COSTS, INVENTORY, PLAN, PLANS, SENSITIVITY, TOKENS
+from bitalloc.tables import COSTS, INVENTORY, SENSITIVITY, TOKENS
 
 TOKENS_READ, REPORT_WINDOWS = 2048, 24
+MORE = 8192  # tokens by which the plans of the pipeline are polished as well
 OFFSPRING = 4
 PRECISIONS = ["fp16", "int8", "int4", "int3", "int2"]
 PENALTIES = (2.5, 10.0, 40.0)
@@ -65,6 +65,7 @@ class Reader:
             spread(tokens, TOKENS_READ // each, "select"),
             spread(tokens, REPORT_WINDOWS, "report"),
             spread(tokens, TOKENS_READ // each // 2, "select"),
+            spread(tokens, MORE // each, "select"),
         ]
 
     def bench(self, weight: Callable[[str, str], torch.Tensor]) -> Bench:
@@ -182,51 +183,45 @@ def components(reader: Reader, seeds: int) -> list[dict]:
                 "budget": budget, "strategy": name, "seed": seed, "readings": readings,
                 "nbytes": genomes.nbytes(level_G), "select_kl": kl(level_G), "report_kl": held.kl,
                 **against(held, reference),
-                "map": precision.compact(genomes.mapping(level_G)),
+                "map": json.dumps(precision.compact(genomes.mapping(level_G))),
             })  # fmt: skip
     return rows
 
 
 def matrices(reader: Reader, seeds: int, readings: int = 61) -> list[dict]:
     """The exact optimum of the pipeline's additive cost, polished by the KL that is measured."""
-    sweep, rows = reader.config.sweep, []
+    rows: list[dict] = []
     costs = COSTS.read(reader.root / f"costs.{read_verdict(reader.root / 'gates/fit.json')['route']}.parquet")
     instance = build(costs, SENSITIVITY.read(reader.root / "sensitivity.parquet"), reader.inventory, reader.config)
     named = {option.name: option for option in instance.options}
     bench = reader.bench(lambda layer, what: reader.experiments.matrix(layer, named[what]).dequantize())
-    plans = PLANS.read(reader.root / "plans.parquet")
     offered = levels(instance)
-    for row in plans[plans["strategy"] == "optimal"].to_dict("records"):
-        plan = PLAN.read(reader.root / "plans" / f"{row['plan']}.parquet").set_index("layer")
-        names = [_name(plan.loc[layer], sweep) for layer in instance.layers]
-        choice_N = np.array([[option.name for option in instance.options].index(name) for name in names])
+    for text in reader.config.allocate.budgets:
+        budget = parse_budget(text, instance, reader.inventory, reader.config.sweep, reader.config.format)
+        choice_N = solve(instance, budget.nbytes).choice_N
         start_N = nearest(instance, offered, choice_N)
-        space = Space([instance.nbytes_NK[i, options] for i, options in enumerate(offered)], row["budget_bytes"])
+        space = Space([instance.nbytes_NK[i, options] for i, options in enumerate(offered)], budget.nbytes)
 
         def state(level_N: Genome) -> dict[str, str]:
             chosen = [instance.options[options[level]].name for options, level in zip(offered, level_N, strict=True)]
             return dict(zip(instance.layers, chosen, strict=True))
 
-        def score(some: Sequence[Genome], _: int) -> list[float]:
-            return [-bench.measure(state(level_N), [0]).kl for level_N in some]
-
         before = bench.measure(state(start_N), [1])
-        for seed in range(seeds):
+        for read, place, seed in [(TOKENS_READ, 0, seed) for seed in range(seeds)] + [(MORE, 3, 0)]:
+
+            def score(some: Sequence[Genome], _: int, place: int = place) -> list[float]:
+                return [-bench.measure(state(level_N), [place]).kl for level_N in some]
+
             how = {"generations": (readings - 1) // OFFSPRING, "offspring": OFFSPRING, "switches": 1, "seed": seed}
             path = list(search.evolve(space, start_N, score, **how))
             held = bench.measure(state(path[-1].champion_G), [1])
             rows.append({
-                "plan": row["plan"], "seed": seed, "readings": path[-1].evaluations,
+                "budget": text, "tokens": read, "seed": seed, "readings": path[-1].evaluations,
                 "select_kl_before": -path[0].fitness, "select_kl": -path[-1].fitness,
                 "report_kl_before": before.kl, "report_kl": held.kl, **against(held, before),
             })  # fmt: skip
-            print(f"matrices: {row['plan']}, seed {seed} done, {bench.read} read", flush=True)
+            print(f"matrices: {text}, {read} tokens, seed {seed} done, {bench.read} read", flush=True)
     return rows
-
-
-def _name(row: pd.Series, sweep: config.Sweep) -> str:
-    place = (str(row["quantizer"]), int(row["bits"]), int(row["group_size"]), int(row["rank"]))
-    return Option(*place, sweep.factor_bits, sweep.symmetric).name
 
 
 def weight(reader: Reader, readings: int = 73) -> list[dict]:

@@ -4,10 +4,11 @@ python benchmarks/bench_tune.py [--models tiny stories260k] [--rows default ..] 
 benchmarks/results/tune.json
 
     swept        the plan `best` of each budget as GPTQ left it
-    default      the settings of config.yaml; the other rows depart from them by what their name says
-    held         what the tuning itself sees: relative error of the last block's output on held-out calibrate windows
-    select       KL on the select split, nats a token, then on each corpus of the report split; x: as a share of swept
-    seconds      of tuning, one thread
+    default      the settings of the model; the rows from `polish` on depart from them by what their name says
+    blocks       without the polish; the rows after it depart from that
+
+KL on the select split, nats a token, and on each corpus of the report split; x: as a share of swept. Seconds are
+those of the tuning, one thread, blocks that another row has done included.
 
 `--seeds` repeats `default` with other draws of windows and steps; their spread is the interval (t, 95 %). Needs the
 plans of a model (`snakemake --cores 2 results/tiny/plans.parquet`).
@@ -35,24 +36,25 @@ from bitalloc.option import from_row
 from bitalloc.provenance import run_record
 from bitalloc.quant import CompressedMatrix
 from bitalloc.suites.scoring import Head, Windows, compare, hidden
-from bitalloc.tables import INVENTORY, PLAN, PLANS, TOKENS
+from bitalloc.tables import INVENTORY, PLAN, TOKENS
 from bitalloc.tune import Tuned, tune
 
 ROWS: dict[str, dict[str, Any]] = {
     "default": {},
-    "rounding only": {"learn": ["rounding"]},
-    "scales only": {"learn": ["scales"]},
-    "+ zeros": {"learn": ["rounding", "scales", "zeros"]},
-    "+ factors": {"learn": ["rounding", "scales", "factors"]},
-    "adam": {"optimizer": "adam", "rate": 0.005},
-    "50 steps": {"iterations": 50},
-    "1000 steps": {"iterations": 1000},
-    "from nearest": {"start": "nearest"},
-    "original inputs": {"inputs": "original"},
-    "no polish": {"polish": 0},
-    "polish alone": {"iterations": 0},
     "polish no codes": {"polish_learn": ["scales", "factors"]},
-    "polish no factors": {"polish_learn": ["rounding", "scales"]},
+    "polish codes alone": {"polish_learn": ["rounding"]},
+    "polish alone": {"iterations": 0},
+    # the blocks by themselves: the polish would hide what they owe to each technique
+    "blocks": {"polish": 0},
+    "rounding only": {"polish": 0, "learn": ["rounding"]},
+    "scales only": {"polish": 0, "learn": ["scales"]},
+    "+ zeros": {"polish": 0, "learn": ["rounding", "scales", "zeros"]},
+    "+ factors": {"polish": 0, "learn": ["rounding", "scales", "factors"]},
+    "adam": {"polish": 0, "optimizer": "adam", "rate": 0.005},
+    "50 steps": {"polish": 0, "iterations": 50},
+    "1000 steps": {"polish": 0, "iterations": 1000},
+    "from nearest": {"polish": 0, "start": "nearest"},
+    "original inputs": {"polish": 0, "inputs": "original"},
 }
 
 
@@ -83,9 +85,8 @@ class Model:
             }
 
     def plans(self) -> Iterator[tuple[str, pd.DataFrame]]:
-        plans = PLANS.read(self.folder / "plans.parquet")
-        for name in plans.loc[plans["strategy"] == "best", "plan"]:
-            yield name, PLAN.read(self.folder / "plans" / f"{name}.parquet")
+        for path in sorted((self.folder / "plans").glob("best-*.parquet")):
+            yield path.stem, PLAN.read(path)
 
     @torch.inference_mode()
     def kl(self, plan: pd.DataFrame, matrix: Callable[..., CompressedMatrix]) -> dict[str, float]:

@@ -92,28 +92,35 @@ LINES = {"bitalloc best": "-", "bitalloc tuned": "-.", "bitalloc uniform": "--",
 
 
 def draw(rows: Sequence[Mapping[str, Any]], name: str, path: Path) -> None:
-    """KL against bits a weight, and against CPU seconds, of every tool of one model."""
+    """KL against bits a weight of every tool of one model, and against CPU seconds at the smallest budget."""
     from bitalloc.figures.style import GREY, INK, headline, page
 
     shown = [row for row in rows if row["kl"] is not None and row["budget"] is not None]
+    least = min(row["budget"] for row in shown)
     sentence = f"{name}: how far every tool departs from the model, by the bits it stores and by what it costs"
     footer = (
-        "Black: bitalloc. Bars: 95 % intervals over windows. KL from the unquantised model on text nobody calibrated "
-        "on. CPU seconds of all processes from the model to its packed checkpoint, imports included."
+        "Black: bitalloc. Bars: 95 % intervals over windows. KL from the unquantised model, text nobody calibrated on. "
+        "CPU seconds of all processes from model to packed checkpoint, imports included."
     )
     with page(11, 5.4, path) as figure:
         bottom, top = headline(figure, sentence, footer)
-        left = figure.add_axes((0.07, bottom + 0.1, 0.33, top - bottom - 0.12))
-        right = figure.add_axes((0.46, bottom + 0.1, 0.33, top - bottom - 0.12), sharey=left)
+        left = figure.add_axes((0.07, bottom + 0.1, 0.33, top - bottom - 0.15))
+        right = figure.add_axes((0.46, bottom + 0.1, 0.33, top - bottom - 0.15), sharey=left)
         for tool in dict.fromkeys(row["tool"] for row in shown):
             own = sorted((row for row in shown if row["tool"] == tool), key=lambda row: row["bpw"])
             colour = INK if tool.startswith("bitalloc") else GREY
             look = {"marker": MARKERS.get(tool, "o"), "color": colour, "ms": 4.5, "lw": 1, "elinewidth": 0.7}
             look |= {"mfc": colour if tool == "bitalloc best" else "white"}
-            kl = np.array([row["kl"] for row in own])
-            bars = np.abs(np.array([(row["kl_lo"], row["kl_hi"]) for row in own]).T - kl)
-            left.errorbar([row["bpw"] for row in own], kl, bars, ls=LINES.get(tool, ":"), label=tool, **look)
-            right.errorbar([row["seconds"] for row in own], kl, bars, ls="", **look)
-        left.set(xlabel="bits a weight, as stored", ylabel="KL, nats a token", yscale="log")
-        right.set(xlabel="CPU seconds", xscale="log")
-        figure.legend(loc="center left", bbox_to_anchor=(0.8, 0.55), frameon=False, fontsize=8)
+            for axes, part, column, line in (
+                (left, own, "bpw", LINES.get(tool, ":")),
+                (right, [row for row in own if row["budget"] == least], "seconds", ""),
+            ):
+                kl = np.array([row["kl"] for row in part])
+                bars = np.abs(np.array([(row["kl_lo"], row["kl_hi"]) for row in part]).reshape(-1, 2).T - kl)
+                axes.errorbar([row[column] for row in part], kl, bars, ls=line, label=tool, **look)
+        left.set(xlabel="bits a weight, as stored", ylabel="KL, nats a token", yscale="log", title="all budgets")
+        right.set(xlabel="CPU seconds", xscale="log", title=f"asked for {least:g} bits a weight")
+        for axis in (left.yaxis, right.xaxis):
+            axis.set_major_formatter("{x:g}")
+        right.xaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:.0e}"[0] in "25" else "")
+        figure.legend(*left.get_legend_handles_labels(), loc="center left", bbox_to_anchor=(0.8, 0.55), frameon=False)

@@ -32,6 +32,15 @@ def test_every_model_of_the_sheet_has_a_valid_configuration():
         loaded.for_model(name)
 
 
+def test_best_spends_more_than_the_defaults_on_every_model():
+    usual, best = config.load(*FILES), config.load(*FILES, ROOT / "config/best.yaml")
+    for name in SHEET:
+        assert "tuned" in best.for_model(name).compress.plans
+    usual, best = usual.for_model("gpt2"), best.for_model("gpt2")
+    assert best.tune.iterations > usual.tune.iterations and best.tune.polish > usual.tune.polish
+    assert set(best.sweep.group_sizes) > set(usual.sweep.group_sizes)
+
+
 def test_every_model_has_the_controls_of_rank_against_bits():
     loaded = config.load(*FILES)
     for name in SHEET:

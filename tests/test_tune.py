@@ -7,8 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.image import imread
 
-from bitalloc import models, stream
+from bitalloc import figures, models, stream
 from bitalloc import tune as stage
 from bitalloc.allocate import tuned
 from bitalloc.compress import compress
@@ -20,12 +21,12 @@ from bitalloc.models import set_weight
 from bitalloc.option import from_row
 from bitalloc.quant.learned import Learned
 from bitalloc.store import Store
-from bitalloc.tables import TUNED
+from bitalloc.tables import TUNED, TUNED_OPTIONS
 from bitalloc.tune import BLOCK, POLISH, SELECT, Tuned, descend
 from tests.quant.test_learned import OPTIONS as MATRICES
 from tests.quant.test_learned import given
 from tests.random_models import BLOCKS
-from tests.small import CPU, Small, small, tokens
+from tests.small import CPU, OPTIONS, Small, small, tokens
 
 FAST = Tune(iterations=2, polish=2, batch=3, windows=6, holdout=0.5, optimizer="sign", rate=0.02)
 
@@ -301,3 +302,28 @@ def test_tuned_plans_copy_the_map_of_others() -> None:
         tuned(plans, frames, ["tuned_manual"])
     with pytest.raises(ValueError, match="no checkpoint is made"):
         Compress(plans=["tuned_leaked"])
+
+
+def test_options_are_learned_alone_and_drawn(bench: Small, tmp_path: Path) -> None:
+    layers = [layer for layer in bench.layers if bench.experiments.layers[layer]["block"] < 2]
+    sweep = bench.experiments.rows(layers, [*OPTIONS])
+    given = {"sweep": sweep, "tokens": tokens(), "inventory": bench.inventory, "experiments": bench.experiments}
+    frame = stage.options(**given, settings=FAST.model_copy(update={"sample": 4}), seed=0)
+    TUNED_OPTIONS.write(frame, tmp_path / "tune_options.parquet")
+    assert len(frame) == 4 and set(frame["quantizer"]) == {"rtn"}  # 16 bits have nothing to learn
+    assert (frame["block_error_learned"] <= frame["block_error_swept"]).all()
+    row = frame.iloc[-1].to_dict()
+    assert row["rel_error"] == pytest.approx(
+        sweep[(sweep["block"] == row["block"]) & (sweep["bits"] == row["bits"])]["rel_error"].mean()
+    )
+    plan = bench.plan([from_row(row, bench.experiments.sweep)])
+    held = np.random.default_rng([0, *b"windows"]).permutation(12)[:3]
+    ids = torch.tensor(np.stack(tokens().query("split == 'calibrate'")["tokens"].to_list()))[held].long()
+    model = models.load_model(bench.path, device=CPU)
+    aim = outputs(model, "llama", ids)[row["block"]]
+    out = outputs(put_on(model, bench, plan, {row["block"]: bench.experiments}), "llama", ids)[row["block"]]
+    error = ((out - aim).square().sum() / aim.square().sum()).item()
+    assert row["block_error_swept"] == pytest.approx(error, rel=1e-3)
+    figures.tune(frame, tmp_path / "tune.png", "GO", model="small", seed=0)
+    pixels = imread(tmp_path / "tune.png")[..., :3]
+    assert pixels.shape[1] == round(8.0 * 160) and pixels[:, :6].min() == 1 and pixels[:, -6:].min() == 1

@@ -243,6 +243,7 @@ class Tune(Section):
     polish_rate: Annotated[float, Field(gt=0)] | None = Field(
         0.001, description="of the first of them; null: 1 / polish"
     )
+    sample: Positive = Field(32, description="blocks at one option that are learned for tune.png, drawn by seed")
 
 
 class Export(Section):

@@ -95,7 +95,7 @@ class Bench:
         self.checkpoint, self.weight, self.device, self.remote_code = checkpoint, weight, device, remote_code
         self.segments = [Windows(frame, batch=batch, device=device) for frame in segments]
         read = [[np.asarray(tokens).tolist() for tokens in frame["tokens"]] for frame in segments]
-        code = source_digest("bitalloc.evolve", "bitalloc.models")
+        code = source_digest("bitalloc.suites.scoring", "bitalloc.models")
         self.ledger = Ledger(store, digest(["evolve", code, identity, read, device.type, batch]))
         self.now: dict[str, str] = {}
         self.read = 0  # genomes that were read, not found
@@ -164,7 +164,7 @@ class Genomes:
         layer = precision.rounded(inventory).set_index("tensor")["layer"]
         parts = precision.components(inventory)
         self.layers = {name: [layer[tensor] for tensor in held if tensor in layer] for name, held in parts.items()}
-        rising = sorted(precisions, key=lambda name: precision.BITS[name])
+        rising = sorted(set(precisions), key=lambda name: precision.BITS[name])
         self.levels = {name: rising if layers else [FIXED] for name, layers in self.layers.items()}
         lowest = {name: levels[0] for name, levels in self.levels.items()}
         self.floor = precision.nbytes(inventory, lowest)
@@ -174,9 +174,15 @@ class Genomes:
                 f"evolve.budget of {budget:,} bytes is below the {self.floor:,} of the smallest genome; raise it or "
                 "offer fewer bits in evolve.precisions"
             )
-        held = {name: inventory[inventory["tensor"].isin(tensors)] for name, tensors in parts.items()}
-        sizes = [[precision.nbytes(held[name], {name: p}) for p in levels] for name, levels in self.levels.items()]
-        added = [[size - each[0] for size in each] for each in sizes]
+        size: dict[Any, int] = {}  # by shapes, which most blocks share
+        added = []
+        for name, levels in self.levels.items():
+            held = inventory[inventory["tensor"].isin(parts[name])]
+            shapes = tuple(held[["rows", "columns", "claimed"]].itertuples(index=False, name=None))
+            for level in levels:
+                if (shapes, level) not in size:
+                    size[shapes, level] = precision.nbytes(held, {name: level})
+            added.append([size[shapes, level] - size[shapes, levels[0]] for level in levels])
         self.space = Space(added, None if budget is None else budget - self.floor)
 
     def nbytes(self, level_G: Genome) -> int:
@@ -298,7 +304,7 @@ class Search:
             yield generation
         if index == 0:
             raise BitallocError(
-                "the genome that evolve starts from has no legal neighbour; offer more evolve.precisions or raise "
+                "the genome that evolve starts from has no legal neighbour; offer more evolve.precisions or another "
                 "evolve.budget"
             )
         if index < settings.generations:

@@ -380,6 +380,19 @@ TUNED = Table(
         Column("key", STR, "shard in the store"),
     ),
 )
+TUNED_OPTIONS = Table(
+    "tuned_options",
+    "Blocks with all their matrices at one option, a draw of them: does the cheap error rank options as learning does?",
+    ("block", "quantizer", "bits", "group_size", "rank"),
+    (
+        Column("block", INT, "index of the block, whose inputs are those of the original model"),
+        *_OPTION,
+        Column("rel_error", FLOAT, "mean of the sweep's rel_error over the matrices of the block"),
+        Column("block_error_swept", FLOAT, "||Y - Y*||^2 / ||Y*||^2 of its output on held-out windows, swept codes"),
+        Column("block_error_learned", FLOAT, "the same of learned codes; of the swept where no iterate was better"),
+        Column("key", STR, "shard in the store"),
+    ),
+)
 CHECKPOINTS = Table(
     "checkpoints",
     "Checkpoints that were written, and whether they have the promised size.",
@@ -665,7 +678,7 @@ TABLES = {
     table.name: table
     for table in (
         INVENTORY, TOKENS, ITEMS, READINGS, MOMENTS, SWEEP, SENSITIVITY, EMBEDDINGS, LAW, RESIDUALS, COSTS, PLAN, PLANS,
-        TUNED, EVOLUTION, CHECKPOINTS, EXPORTS, COST, EVALUATE, RESPONSES, SAMPLES, OUTCOMES, HUMANEVAL, GATES,
-        GOODHART, PHASE, CONTROLS, SUCCESS, BACKENDS, POSITION, CRITERIA,
+        TUNED, TUNED_OPTIONS, EVOLUTION, CHECKPOINTS, EXPORTS, COST, EVALUATE, RESPONSES, SAMPLES, OUTCOMES, HUMANEVAL,
+        GATES, GOODHART, PHASE, CONTROLS, SUCCESS, BACKENDS, POSITION, CRITERIA,
     )
 }  # fmt: skip

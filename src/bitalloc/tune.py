@@ -39,7 +39,7 @@ from bitalloc.quant.learned import Learned
 from bitalloc.store import JSON, digest
 from bitalloc.stream import Scratch, Stream, scratch
 from bitalloc.suites.scoring import Head, Windows, compare, hidden
-from bitalloc.tables import TUNED
+from bitalloc.tables import TUNED, TUNED_OPTIONS
 
 BLOCK, POLISH, SELECT = "block", "polish", "select"
 LOGITS = 2**25  # entries of [N, T, V] that are in memory at once
@@ -72,6 +72,48 @@ def tune(
         rows.append(run.polish(rows))
     rows.append(run.judge(rows))
     return pd.DataFrame(rows)[[column.name for column in TUNED.columns]]
+
+
+def options(
+    *,
+    sweep: pd.DataFrame,
+    tokens: pd.DataFrame,
+    inventory: pd.DataFrame,
+    experiments: Experiments,
+    settings: Tune,
+    seed: int,
+) -> pd.DataFrame:
+    """TUNED_OPTIONS: `settings.sample` pairs of a block and an option of SWEEP, all matrices of the block at it."""
+    place = ["quantizer", "bits", "group_size", "rank"]
+    cheap = sweep[sweep["quantizer"] != PASS_THROUGH].groupby(["block", *place], sort=True)["rel_error"].mean()
+    draw = np.random.default_rng([seed, *b"options"]).permutation(len(cheap))[: settings.sample]
+    drawn = cheap.iloc[np.sort(draw)].reset_index()
+    matrices = inventory.loc[inventory["claimed"] & (inventory["block"] >= 0), ["layer", "block"]]
+    progress = Progress("tune options", len(drawn) * settings.iterations, unit="steps")
+    runs, rows = {}, []
+    for option in drawn[place].drop_duplicates().to_dict("records"):
+        plan = matrices.assign(**option)
+        runs[tuple(option.values())] = run = _Run("", plan, tokens, inventory, experiments, settings, seed, False)
+        run.progress = progress
+    ids, batch = run.ids_NT, settings.batch
+    with scratch(experiments.store.root / "scratch" / digest([run.identity, "options"])) as folder:
+        original, stream = Scratch(folder, len(ids.split(batch))), Stream(experiments.checkpoint, experiments.device)
+        stream.enter(ids.split(batch), into=original)
+        stream.enter([ids[:size] for size in range(1, batch + 1)])
+        for block in range(int(drawn["block"].max()) + 1):
+            with stream.filled(block):
+                work = _Block(stream, block, original, original, batch)
+                work.carry(original, {})
+                for row in drawn[drawn["block"] == block].to_dict("records"):
+                    run = runs[tuple(row[name] for name in place)]
+                    swept = [experiments.shard(layer, run.options[layer]) for layer in run.layers[block]]
+                    key = digest({**run.identity, "alone": block, "swept": swept})
+                    record = run._once(key, lambda run=run, work=work: (run._block(work)[0], None))
+                    before, after = record["loss_before"], record["loss_after"]
+                    errors = {"block_error_swept": before, "block_error_learned": min(before, after)}
+                    rows.append({**row, **errors, "key": key})
+            original.drop(block)
+    return pd.DataFrame(rows)[[column.name for column in TUNED_OPTIONS.columns]]
 
 
 class Tuned:
@@ -111,7 +153,7 @@ class Tuned:
         return CompressedMatrix.from_tensors(option, row["rows"], row["columns"], tensors)
 
     def _key(self, layer: str, option: Option) -> str | None:
-        learnable = option.quantizer != PASS_THROUGH and layer not in self.experiments.tables
+        learnable = option.quantizer != PASS_THROUGH and self.block[layer] >= 0
         return self.keys.get(self.block[layer]) if learnable else None
 
 
@@ -265,7 +307,9 @@ class _Run:
             "config": digest(read_config(self.checkpoint.path)),
             "tokens": digest(self.ids_NT.tolist()),
             "tables": [experiments.shard(layer, self.options[layer]) for layer in self.tables],
-            "settings": settings.model_dump(exclude={name for name in Tune.model_fields if name.startswith("polish")}),
+            "settings": settings.model_dump(
+                exclude={"sample", *(name for name in Tune.model_fields if "polish" in name)}
+            ),
             "seed": seed,
             "dtype": str(working_dtype(self.device)),
             "code": source_digest("bitalloc.tune"),
@@ -286,8 +330,8 @@ class _Run:
         tuned = Tuned(self.experiments, self.plan, rows)
         return lambda layer: tuned.matrix(layer, self.options[layer])
 
-    def _learned(self, layer: str, matrix: CompressedMatrix, *, nearest: bool = False) -> Learned:
-        return Learned(matrix, self.checkpoint.weight(layer).to(self.device), nearest=nearest)
+    def _learned(self, layer: str, matrix: CompressedMatrix, **how: Any) -> Learned:
+        return Learned(matrix, self.checkpoint.weight(layer).to(self.device), **how)
 
     def _row(self, part: str, block: int, record: JSON, key: str) -> dict[str, Any]:
         return {"plan": self.name, "part": part, "block": block, **record, "key": key}

@@ -40,3 +40,28 @@ rule tune_merge:
         code=code("tables"),
     script:
         "../../scripts/tune_merge.py"
+
+
+rule tune_options:
+    input:
+        verdict=passed("sweep"),
+        checkpoint="results/{model}/checkpoint.json",
+        inventory="results/{model}/inventory.parquet",
+        moments="results/{model}/moments.parquet",
+        tokens="results/{model}/tokens.parquet",
+        sweep="results/{model}/sweep.parquet",
+    output:
+        table="results/{model}/tune_options.parquet",
+        figure=report("results/{model}/tune.png", caption="../report/tune.rst", category="{model}"),
+    log:
+        "logs/{model}/tune_options.log",
+    conda:
+        "../../envs/bitalloc.yaml"
+    threads: threads
+    resources:
+        gpu=gpu,
+    params:
+        settings=section("tune", "sweep", "store", "device", "seed"),
+        code=code("tune", "figures"),
+    script:
+        "../../scripts/tune_options.py"

@@ -9,6 +9,7 @@ from bitalloc.figures.phase import phase
 from bitalloc.figures.position import position
 from bitalloc.figures.sensitivity import errors, plan, sensitivity
 from bitalloc.figures.style import stamp
+from bitalloc.figures.tune import tune
 
 __all__ = [
     "backends",
@@ -22,4 +23,5 @@ __all__ = [
     "position",
     "sensitivity",
     "stamp",
+    "tune",
 ]

@@ -36,10 +36,10 @@ def position(table: pd.DataFrame, criteria: pd.DataFrame, study: Study, path: Pa
     height, width = 2 * tall + 2.9, max(9.0, 2.4 + 2.6 * len(models))
     low = study.low.upper()
     footer = (
-        f"{study.title} What is named at the left stays at {study.high.upper()}, a quarter of the MLPs in early, middle "
-        f"and late; all else has {low}, simulated: absmax, one scale a row. Dashed: all {low} on {study.corpora[0]}. "
-        "Damage against the unquantised model; lines are 95 % intervals over windows. Verdicts pair the windows, and so "
-        "see smaller differences."
+        f"{study.title} What is named at the left stays at {study.high.upper()}, a quarter of the MLPs in early, "
+        f"middle and late; all else has {low}, simulated: absmax, one scale a row. Dashed: all {low} on "
+        f"{study.corpora[0]}. Damage against the unquantised model; lines are 95 % intervals over windows. Verdicts "
+        "pair the windows, and so see smaller differences."
     )
     with page(width, height, path) as figure:
         bottom, top = headline(figure, sentence(criteria, study), footer, size=11.5)

@@ -18,7 +18,7 @@ from bitalloc.quant import CompressedMatrix
 from bitalloc.quant.grid import LARGEST, SMALLEST
 
 PARTS = ("rounding", "scales", "zeros", "factors")
-INSIDE = 0.49  # how far within its cell a code starts
+EDGE = 0.49  # of the cell of a code
 ENTRY = 127.0  # largest entry of an 8-bit factor; 16-bit factors step by this share of their column's largest
 
 
@@ -57,7 +57,7 @@ class Learned:
         aim_OI = (W_OI - lowrank_OI) / self._spread(self.scale_OG) + self._spread(zero_OG)
         code_OI = matrix.codes_OI.to(self.device).float()
         if not nearest:
-            aim_OI = code_OI + (aim_OI - code_OI).clamp(-INSIDE, INSIDE)
+            aim_OI = code_OI + (aim_OI - code_OI).clamp(-EDGE, EDGE)
         self.parameters["rounding"] = [aim_OI]
         self.zero_OG = zero_OG.clone()
         if matrix.zero_OG is not None:
@@ -81,10 +81,10 @@ class Learned:
     @torch.no_grad()
     def confine(self) -> None:
         """Bring parameters that a step took beyond their grid back to its border, where gradients still reach them."""
-        self.parameters["rounding"][0].clamp_(-INSIDE, self.top + INSIDE)
+        self.parameters["rounding"][0].clamp_(-EDGE, self.top + EDGE)
         self.parameters["scales"][0].clamp_(0.25, 4.0)
         for zero_OG in self.parameters["zeros"]:
-            zero_OG.clamp_(-INSIDE, self.top + INSIDE)
+            zero_OG.clamp_(-EDGE, self.top + EDGE)
 
     def _scale(self) -> Tensor:
         scale_OG = self.scale_OG * self.parameters["scales"][0]
