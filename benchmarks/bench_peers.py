@@ -1,216 +1,391 @@
-"""One matrix quantised by GPTQModel, by hqq and by bitalloc, in turns on one machine: CPU seconds, ratio and error.
+"""Whole models quantised by bitalloc and by its peers, at equal bytes: quality beside cost.
 
-python benchmarks/bench_peers.py [--shapes 1024x1024] [--threads 1]  ->  a table, and benchmarks/results/peers.json
+python benchmarks/bench_peers.py [--models tiny /a/folder] [--text file.txt] [--budgets 2.5 2.75 3.25 4.25] [--seeds 1]
+  ->  a table, benchmarks/results/peers.json and peers-MODEL.png
 
-4 bits, groups of 128, damping .1, the same weights and inputs for all. A worker process for every measurement
-(benchmarks/peers/run_*.py say what is measured), in an environment for every peer (`--environments`, made by pip at
-the first run: a network, a C compiler and some minutes). The error is computed here, by one formula.
+Every peer works in an environment of its own (`--environments`, made by pip at the first run from
+benchmarks/peers/*.txt) through its public interface, with the settings that its documentation recommends
+(benchmarks/peers/model_*.py say which). All see the same windows: those that bitalloc calibrates on and those that it
+selects by. All are judged by one evaluation (comparison.py) on the windows of the report split.
 
-    order       none: columns as they come. groups: groups by falling moment and columns within them likewise, which
-                is ours and GPTQModel's default (ours sums a group's moments, GPTQModel takes the largest). columns:
-                all columns by falling moment, which needs an index stored
-    range       minmax, or searched: ours by 11 clipping ranges weighted by the moments, GPTQModel's by 80
-                unweighted ones (its `mse=2`), hqq's by its optimiser, zeros then no longer being integers
+    bytes      codes, scales, zeros and factors over the linear layers as the tool stores them; embedding, head and
+               what a tool leaves alone count 16 bits
+    missed_by  bytes / bytes that the budget allows - 1
+    seconds    CPU seconds of all processes from the model to its packed checkpoint, imports included; peak memory: of
+               the largest of them. bitalloc: calibrate, sweep, sensitivity and fit, which serve all budgets, and what
+               one budget takes after them, `further_seconds`
+    pairs      KL of ours over that of the strongest peer, at no more bytes than the peer's
 
-Threads wait passively (OMP_WAIT_POLICY), and one thread is the default: spinning is no work, and counts as CPU time.
+A job that is finished is not repeated (`--work`); a tool that fails says why, and the rest goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
+import math
 import shutil
-import statistics
-import subprocess
-import sys
-import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from itertools import product
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pandas as pd
 import torch
-from problems import problem, relative_error
-from safetensors.torch import load_file, save_file
+from comparison import Evaluation, draw, over_seeds, ratio, summary
+from peers.whole import nbytes
+from project import ROOT, STRATEGIES, Project, Subject, subject
+from running import FailedError, Took, environment, threaded, timed
+from safetensors.torch import save_file
 
+from bitalloc.errors import BitallocError
+from bitalloc.progress import Progress
 from bitalloc.provenance import run_record
-from bitalloc.store import write_atomically
+from bitalloc.store import digest, write_atomically
 
 HERE = Path(__file__).resolve().parent
-COLUMNS = "shape threads gain tool version zero order range CPU_s ratio rel_error first MB_rise MB"
-WIDTHS = (11, 7, 4, 10, 7, 5, 8, 9, 8, 6, 9, 6, 7, 6)
-SETTINGS = {"bits": 4, "group_size": 128, "damping": 0.1}
+MAP = "bitalloc map + autoround"
+# tool -> (its environment, its worker)
+PEERS = {
+    "autoscheme": ("autoround", "model_autoscheme.py"),
+    "autoround": ("autoround", "model_autoround.py"),
+    "modelopt": ("modelopt", "model_modelopt.py"),
+    "gptqmodel": ("gptqmodel", "model_gptqmodel.py"),
+    "llmcompressor": ("llmcompressor", "model_llmcompressor.py"),
+    "hqq": ("hqq", "model_hqq.py"),
+    MAP: ("autoround", "model_map.py"),
+}
+RIVALS = [tool for tool in PEERS if tool != MAP]
+NEAR = 0.1  # a peer that misses its budget by more is no rival at it
+PAIR = "{tool} at {bytes:,} bytes: KL {ratio:.3f} [{lo:.3f}, {hi:.3f}] times that of {peer} at {peer_bytes:,}"
+# columns of what was not made
+MADE = "bytes bpw seconds further_seconds wall_s peak_mem_mb missed_by setting version".split()
+COLUMNS = "tool asked bytes bpw missed_% NLL PPL KL [95_%] top-1 CPU_s MB".split()
+WIDTHS = (24, 8, 9, 6, 8, 7, 8, 8, 18, 6, 8, 6)
 
 
 @dataclass(frozen=True)
-class Run:
+class Job:
+    """One tool at one budget in one calibration; what it leaves lies in `folder`."""
+
     tool: str
-    order: str
-    symmetric: bool = False
-    mse: float = 0.0  # GPTQModel: exponent of its range search, 0 for none
+    budget: str
+    folder: Path
 
-    @property
-    def range(self) -> str:
-        return "minmax" if self.tool == "gptqmodel" and not self.mse else "searched"
+    def known(self, identity: str) -> dict[str, Any] | None:
+        """What is known of the job, if it is finished and nothing that it depends on has changed."""
+        file = self.folder / "done.json"
+        found = json.loads(file.read_text()) if file.is_file() else {}
+        return found if found.get("identity") == identity else None
 
-
-RUNS = (
-    Run("bitalloc", "groups"),
-    Run("bitalloc", "groups", symmetric=True),
-    Run("gptqmodel", "none"),
-    Run("gptqmodel", "groups"),
-    Run("gptqmodel", "columns"),
-    Run("gptqmodel", "groups", mse=2.0),
-    Run("gptqmodel", "none", symmetric=True),
-    Run("gptqmodel", "groups", symmetric=True),
-    Run("hqq", "none"),
-)
+    def finish(self, found: dict[str, Any]) -> dict[str, Any]:
+        write_atomically(self.folder / "done.json", json.dumps(found).encode())
+        return found
 
 
-def environment(folder: Path, peer: str) -> Path | None:
-    """The Python of that peer's environment, made where missing; None, and a line that says why, where that fails."""
-    requirements, home = HERE / f"peers/{peer}.txt", folder / peer
-    python, ready = home / "bin/python", home / "ready.txt"
-    wanted = requirements.read_text()
-    if ready.is_file() and ready.read_text() == wanted:
-        return python
-    print(f"{peer}: making {home}, which takes minutes", flush=True)
-    # torch first and by itself, as the platform offers it, so that nothing else chooses its build
-    torch_first = next(line for line in wanted.splitlines() if line.startswith("torch=="))
-    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    shutil.rmtree(home, ignore_errors=True)
-    for command in (
-        [sys.executable, "-m", "venv", str(home)],
-        [*pip, torch_first],
-        [*pip, "--requirement", str(requirements)],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            said = [line for line in done.stderr.splitlines() if "ERROR" in line] or done.stderr.splitlines() or ["?"]
-            print(f"{peer}: left out, no environment ({said[-1].strip()}); run again with a network", flush=True)
-            return None
-    ready.write_text(wanted)
-    return python
+class Comparison:
+    """All jobs of one model and one calibration."""
 
+    def __init__(self, project: Project, work: Path, arguments: argparse.Namespace) -> None:
+        self.project, self.work, self.arguments = project, work, arguments
+        self.subject, self.seed = project.subject, project.seed
+        tokens, self.layers = project.tokens(), project.layers()
+        self.weights = sum(math.prod(sides) for sides in self.layers.values())
+        ids_NT = ids(tokens[tokens["split"].isin(["calibrate", "select"])])
+        self.tokens = work / "windows.safetensors"
+        save_file({"ids_NT": ids_NT}, self.tokens)
+        self.source = digest([str(self.subject.path), ids_NT.tolist(), self.seed])
+        device = self.subject.row["settings"].get("device", "auto")
+        self.evaluation = Evaluation(self.subject.path, tokens, layers=list(self.layers), device=device)
+        self.rows: list[dict[str, Any]] = []
+        self.scores: dict[tuple[str, str], pd.DataFrame] = {}
+        self._shared: Took | None = None
 
-def measure(run: Run, python: Path, problem_file: Path, threads: int) -> tuple[dict, torch.Tensor] | None:
-    """What the worker printed, and What_OI; None, and a line that says why, where it fails."""
-    settings = SETTINGS | asdict(run) | {"threads": threads}
-    result = problem_file.with_name("what.safetensors")
-    environ = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
-    if run.tool != "bitalloc":
-        environ.pop("PYTHONPATH", None)
-    worker = [str(python), str(HERE / f"peers/run_{run.tool}.py"), str(problem_file), str(result), json.dumps(settings)]
-    done = subprocess.run(worker, capture_output=True, text=True, check=False, env=environ)
-    if done.returncode:
-        line = f"{run.tool}: a run failed ({(done.stderr.strip() or '?').splitlines()[-1]})"
-        if run.tool == "bitalloc":
-            raise SystemExit(line)  # nothing to compare with
-        print(line, flush=True)
-        return None
-    return json.loads(done.stdout.splitlines()[-1]), load_file(result)["What_OI"]
+    def job(self, tool: str, budget: str) -> Job:
+        folder = self.work / f"{tool.replace(' ', '-')}-{budget}"
+        folder.mkdir(parents=True, exist_ok=True)
+        return Job(tool, budget, folder)
 
+    def allowed(self, budget: str) -> int:
+        return math.floor(float(budget.removesuffix("bpw")) * self.weights / 8 + 1e-6)
 
-def compare(shape: tuple[int, int], gain: float, pythons: dict[str, Path], threads: int, repeats: int) -> list[dict]:
-    """A row for every run; the runs take turns, so that a ratio compares neighbours in time."""
-    given = problem(*shape, gain=gain)
-    rounds: dict[Run, list[dict]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        problem_file = Path(folder) / "problem.safetensors"
-        save_file(given._asdict(), problem_file)
-        for _ in range(repeats):
-            ours: dict[bool, float] = {}
-            for run in RUNS:
-                if run.tool not in pythons or not (measured := measure(run, pythons[run.tool], problem_file, threads)):
+    # ---- ours
+    def shared(self) -> Took:
+        """What calibrate, sweep, sensitivity and fit took; they serve all budgets."""
+        if self._shared is None:
+            job, identity = self.job("shared", "all"), digest(self.project.identity())
+            found = job.known(identity)
+            if not found or not (self.project.results / "gates/fit.json").is_file():
+                took = self.project.run("gates/sweep.json", "gates/fit.json")
+                found = job.finish({"identity": identity, "took": took._asdict()})
+            self._shared = Took(**found["took"])
+        return self._shared
+
+    def ours(self, budgets: list[str], strategies: tuple[str, ...] = STRATEGIES) -> None:
+        """Rows of bitalloc at these budgets, which share one run where there are several."""
+        identity = digest([self.project.identity(), self.arguments.threads])
+        jobs = {(s, b): self.job(f"bitalloc {s}", b) for s in strategies for b in budgets}
+        if not all(job.known(identity) for job in jobs.values()):
+            shared, spent = self.shared(), None
+            for group in [[s for s in strategies if s != "tuned"], [s for s in strategies if s == "tuned"]]:
+                if not group:
                     continue
-                found, What_OI = measured
-                if run.tool == "bitalloc":
-                    ours[run.symmetric] = found["seconds"]
-                found["ratio"] = found["seconds"] / ours[run.symmetric]
-                found["rel_error"] = relative_error(given.W_OI, What_OI, given.H_II)
-                rounds.setdefault(run, []).append(found)
-    return [_row(shape, gain, run, found, threads) for run, found in rounds.items()]
+                try:
+                    took = self.project.run("checkpoints.parquet", budgets=budgets, plans=group)
+                except FailedError as failed:
+                    for strategy in group:
+                        for budget in budgets:
+                            self.fail(f"bitalloc {strategy}", budget, str(failed))
+                    continue
+                each = Took(took.cpu_s / len(budgets), took.wall_s / len(budgets), took.peak_mem_mb)
+                spent = each if spent is None else spent + each
+                for strategy in group:
+                    for budget in budgets:
+                        job = jobs[strategy, budget]
+                        told = self.project.export(strategy, budget, job.folder)
+                        told |= {"took": (shared + spent)._asdict(), "further": spent._asdict()}
+                        job.finish({"identity": identity, "version": "this commit", **told})
+        for (strategy, budget), job in jobs.items():
+            if found := job.known(identity):
+                if strategy == "best" and "map" not in found:
+                    found = job.finish({**found, "map": self._map(budget)})
+                self.add(f"bitalloc {strategy}", budget, job, found)
 
+    def _map(self, budget: str) -> dict[str, Any] | None:
+        try:
+            return self.project.map(budget)
+        except FailedError:
+            return None
 
-def _row(shape: tuple[int, int], gain: float, run: Run, found: list[dict], threads: int) -> dict:
-    each = {name: [one[name] for one in found] for name in found[0]}
-    return {
-        "shape": list(shape),
-        "gain": gain,
-        "tool": run.tool,
-        "version": found[0]["version"],
-        "bits": SETTINGS["bits"],
-        "group_size": SETTINGS["group_size"],
-        "damping": None if run.tool == "hqq" else SETTINGS["damping"],
-        "symmetric": run.symmetric,
-        "order": run.order,
-        "range": run.range,
-        "seconds": statistics.median(each["seconds"]),
-        "seconds_each": each["seconds"],
-        "seconds_first": statistics.median(each["seconds_first"]),
-        "wall_s": statistics.median(each["wall_s"]),
-        "ratio": statistics.median(each["ratio"]),
-        "rel_error": found[0]["rel_error"],
-        "before_mem_mb": max(each["before_mem_mb"]),
-        "peak_mem_mb": max(each["peak_mem_mb"]),
-        "threads": threads,
-        "device": "cpu",
-        "torch": found[0]["torch"],
-    }
+    # ---- peers
+    def peer(self, tool: str, budget: str) -> None:
+        """The row of a peer at a budget; one that says why where it cannot be had."""
+        name, worker = PEERS[tool]
+        job, before = self.job(tool, budget), Took(0.0, 0.0, 0)
+        given: dict[str, Any] = {
+            "model": str(self.subject.path),
+            "tokens": str(self.tokens),
+            "out": str(job.folder),
+            "layers": self.layers,
+            "nbytes": self.allowed(budget),
+            "threads": self.arguments.threads,
+            "seed": self.seed,
+        }
+        if tool == MAP:
+            ours = json.loads((self.job("bitalloc best", budget).folder / "done.json").read_text())
+            if not ours.get("map"):
+                return self.fail(tool, budget, "bitalloc has no plan without rank at this budget")
+            given["plan"], before = ours["map"], Took(**ours["took"])
+        identity = digest([self.source, {**given, "tokens": "", "out": ""}, (HERE / "peers" / worker).read_text()])
+        found = job.known(identity)
+        if found is None:
+            for path in ("checkpoint", "said.json", "weights.safetensors"):
+                old = job.folder / path
+                shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+            (job.folder / "job.json").write_text(json.dumps(given))
+            try:
+                python = self.arguments.pythons.get(name) or environment(self.arguments.environments, name)
+                took = timed(
+                    [str(python), str(HERE / "peers" / worker), str(job.folder / "job.json")],
+                    log=job.folder / "log.txt",
+                    environ=threaded(self.arguments.threads, ours=False),
+                    limit_s=self.arguments.limit * 60,
+                    cwd=job.folder,
+                )
+            except FailedError as failed:
+                return self.fail(tool, budget, str(failed))
+            said = json.loads((job.folder / "said.json").read_text())
+            aside = said.pop("exchange")
+            took = Took(took.cpu_s - aside["cpu_s"], took.wall_s - aside["wall_s"], took.peak_mem_mb) + before
+            shutil.rmtree(job.folder / "checkpoint", ignore_errors=True)
+            found = job.finish({"identity": identity, "took": took._asdict(), "further": None, **said})
+        self.add(tool, budget, job, found)
 
+    # ---- rows
+    def add(self, tool: str, budget: str, job: Job, found: dict[str, Any]) -> None:
+        file = job.folder / "scores.parquet"
+        weights = job.folder / "weights.safetensors"
+        if not file.is_file() or file.stat().st_mtime < weights.stat().st_mtime:
+            try:
+                self.evaluation.scores(weights).to_parquet(file)
+            except FloatingPointError as failed:
+                return self.fail(tool, budget, str(failed))
+        scores = pd.read_parquet(file)
+        size = nbytes(found["stored"])
+        took = found["took"]
+        row = {
+            **self.place(tool, budget),
+            "bytes": size,
+            "bpw": 8 * size / self.weights,
+            **summary(scores),
+            "seconds": took["cpu_s"],
+            "further_seconds": (found["further"] or took)["cpu_s"],
+            "wall_s": took["wall_s"],
+            "peak_mem_mb": took["peak_mem_mb"],
+            "missed_by": size / self.allowed(budget) - 1,
+            "setting": found["setting"],
+            "version": found["version"],
+            "why": None,
+        }
+        self.scores[tool, budget] = scores
+        self.keep(row)
 
-def show(rows: list[dict]) -> None:
-    for row in rows:
-        cells = (
-            "x".join(map(str, row["shape"])),
-            row["threads"],
-            f"{row['gain']:g}",
-            row["tool"],
-            row["version"],
-            "sym" if row["symmetric"] else "asym",
-            row["order"],
-            row["range"],
-            f"{row['seconds']:.2f}",
-            f"{row['ratio']:.2f}",
-            f"{row['rel_error']:.2e}",
-            f"{row['seconds_first']:.2f}",
-            row["peak_mem_mb"] - row["before_mem_mb"],
-            row["peak_mem_mb"],
+    def fail(self, tool: str, budget: str, why: str) -> None:
+        empty = (
+            "bytes bpw nll ppl kl top1 kl_lo kl_hi seconds cpu_s peak_mem_mb further_cpu_s missed_by setting version"
         )
-        _line(cells)
+        self.keep({**self.place(tool, budget), **dict.fromkeys(empty.split()), "corpora": {}, "why": why})
+
+    def place(self, tool: str, budget: str) -> dict[str, Any]:
+        asked = float(budget.removesuffix("bpw")) if budget else None
+        return {"model": self.subject.name, "seed": self.seed, "tool": tool, "budget": asked}
+
+    def keep(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        show(row)
+
+    def reference(self) -> None:
+        """The row of the unquantised model; nothing is put into the model before."""
+        self.keep({**self.place("reference", ""), **dict.fromkeys([*MADE, "why"]), **summary(self.evaluation.scores())})
+
+    # ---- pairs
+    def strongest(self, asked: float) -> dict[str, Any] | None:
+        """The row of the peer of least KL among those that keep near the budget."""
+        rivals = [
+            row
+            for row in self.rows
+            if (row["budget"], row["tool"] in RIVALS) == (asked, True)
+            if row["kl"] is not None and row["missed_by"] <= NEAR
+        ]
+        return min(rivals, key=lambda row: row["kl"], default=None)
+
+    def pairs(self, budgets: list[str]) -> list[dict[str, Any]]:
+        """Ours at no more bytes than the strongest peer of each budget: rows of theirs, and the ratios of KL."""
+        rivals = {budget: peer for budget in budgets if (peer := self.strongest(float(budget.removesuffix("bpw"))))}
+        least, most = self.project.reach()
+        wanted = {}
+        for budget, peer in rivals.items():
+            if peer["bytes"] != self.allowed(budget) and least <= peer["bytes"] <= most:
+                wanted[budget] = f"{math.floor(8e6 * peer['bytes'] / self.weights) / 1e6:.6f}bpw"
+        if wanted:
+            self.ours(sorted(set(wanted.values())), tuple(s for s in STRATEGIES if s != "uniform"))
+        found = []
+        for budget, peer in rivals.items():
+            text = wanted.get(budget, budget)
+            for row in self.rows:
+                if not (row["tool"].startswith("bitalloc") and (row["tool"], text) in self.scores):
+                    continue
+                if row["budget"] != float(text.removesuffix("bpw")) or row["bytes"] > peer["bytes"]:
+                    continue
+                value, lo, hi = ratio(self.scores[row["tool"], text], self.scores[peer["tool"], budget])
+                pair = {"model": self.subject.name, "seed": self.seed, "budget": peer["budget"]}
+                pair |= {"tool": row["tool"], "bytes": row["bytes"], "peer": peer["tool"], "peer_bytes": peer["bytes"]}
+                found.append({**pair, "ratio": value, "lo": lo, "hi": hi})
+        return found
 
 
-def _line(cells: Sequence[object]) -> None:
+def ids(frame: pd.DataFrame) -> torch.Tensor:
+    return torch.from_numpy(np.stack(frame["tokens"].tolist()).astype(np.int32))
+
+
+def show(row: dict[str, Any]) -> None:
+    if row["kl"] is None:
+        print(f"{row['tool']} at {row['budget']:g}: {row['why']}", flush=True)
+        return
+    asked = row["budget"] is not None
+    cells = [
+        row["tool"],
+        f"{row['budget']:.4g}" if asked else "",
+        row["bytes"] or "",
+        f"{row['bpw']:.3f}" if asked else "",
+        f"{100 * row['missed_by']:+.1f}" if asked else "",
+        f"{row['nll']:.4f}",
+        f"{row['ppl']:.3f}",
+        f"{row['kl']:.4f}",
+        f"[{row['kl_lo']:.4f}, {row['kl_hi']:.4f}]",
+        f"{row['top1']:.3f}",
+        f"{row['seconds']:.0f}" if asked else "",
+        row["peak_mem_mb"] or "",
+    ]
+    line(cells)
+
+
+def line(cells: list[Any]) -> None:
     print(" ".join(f"{cell!s:>{width}}" for cell, width in zip(cells, WIDTHS, strict=True)), flush=True)
 
 
-def _shape(text: str) -> tuple[int, int]:
-    rows, columns = map(int, text.split("x"))
-    return rows, columns
+def save(path: Path, models: list[str], rows: list[dict], pairs: list[dict]) -> None:
+    """Put the rows of these models in the place of their old ones."""
+    old = json.loads(path.read_text()) if path.is_file() else {"rows": [], "pairs": []}
+    kept = {name: [row for row in old[name] if row["model"] not in models] for name in ("rows", "pairs")}
+    record = run_record("torch", "transformers", "snakemake")
+    found = {"record": record, "rows": kept["rows"] + rows, "pairs": kept["pairs"] + pairs}
+    write_atomically(path, (json.dumps(found, indent=1) + "\n").encode())
+
+
+def compare(subject: Subject, arguments: argparse.Namespace) -> None:
+    """All rows of one model, saved as they come."""
+    budgets = [f"{float(budget):g}bpw" for budget in arguments.budgets]
+    rows: list[dict] = []
+    pairs: list[dict] = []
+    tools = list(arguments.tools)
+    for seed in range(arguments.seeds):
+        work = arguments.work / f"{subject.name}-{digest(str(subject.path))[:8]}-s{seed}"
+        print(f"\n{subject.name}, calibration {seed}", flush=True)
+        line(COLUMNS)
+        given = {"seed": seed, "threads": arguments.threads, "limit_s": arguments.limit * 60}
+        project = Project(work / "bitalloc", subject, **given)
+        project.run("tokens.parquet", "inventory.parquet", "checkpoint.json")
+        comparison = Comparison(project, work, arguments)
+        comparison.reference()
+        progress = Progress("peers", (1 + len(tools)) * len(budgets), unit="jobs", every_s=0)
+        for budget in budgets:
+            comparison.ours([budget])
+            progress.advance(note=f"bitalloc {budget}")
+        for tool in tools:
+            for budget in budgets:
+                comparison.peer(tool, budget)
+                progress.advance(note=f"{tool} {budget}")
+                save(arguments.results, [subject.name], rows + comparison.rows, pairs)
+        found = comparison.pairs(budgets)
+        for pair in found:
+            print(
+                "{tool} at {bytes:,} bytes: KL {ratio:.3f} [{lo:.3f}, {hi:.3f}] of {peer}'s at {peer_bytes:,}".format(
+                    **pair
+                )
+            )
+        rows, pairs = rows + comparison.rows, pairs + found
+        save(arguments.results, [subject.name], rows, pairs)
+        if seed == 0:
+            draw(rows, subject.name, arguments.results.with_name(f"peers-{subject.name}.png"))
+            # further calibrations are for the rivals alone
+            rivals = {pair["peer"] for pair in found}
+            tools = [tool for tool in tools if tool in rivals]
+    if arguments.seeds > 1:
+        for (budget, tool), part in pd.DataFrame(pairs).groupby(["budget", "tool"]):
+            value, lo, hi = over_seeds(part["ratio"].tolist())
+            print(f"{tool} at {budget:g} bits: KL {value:.3f} [{lo:.3f}, {hi:.3f}] over {len(part)} calibrations")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--shapes", type=_shape, nargs="+", help="O x I of the matrices",
-                        default=[(1024, 1024), (4096, 4096), (14336, 4096)])  # fmt: skip
-    parser.add_argument("--gain", type=float, nargs="+", default=[30], help="of the outlier channels; 1 for none")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1])
-    parser.add_argument("--repeats", type=int, help="default: 5 up to 1024 x 1024, 2 above")
-    parser.add_argument("--environments", type=Path, default=HERE.parent / ".peers", help="where the peers live")
+    parser.add_argument("--models", nargs="+", default=["tiny"], help="names of config/models.yaml, or folders")
+    parser.add_argument("--text", type=Path, help="a text file: calibrate, select and report windows of a folder")
+    parser.add_argument("--budgets", nargs="+", default=["2.5", "2.75", "3.25", "4.25"], help="bits a weight")
+    parser.add_argument("--tools", nargs="*", choices=list(PEERS), default=list(PEERS), help="the peers that run")
+    parser.add_argument("--seeds", type=int, default=1, help="calibrations; from the second on of ours and the rivals")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--limit", type=float, default=120, help="minutes that a job may take")
+    parser.add_argument("--environments", type=Path, default=ROOT / ".peers", help="where the peers live")
+    parser.add_argument("--work", type=Path, default=ROOT / ".peers/work", help="where finished jobs are kept")
+    parser.add_argument("--results", type=Path, default=HERE / "results/peers.json")
     arguments = parser.parse_args()
-    found = {peer: environment(arguments.environments, peer) for peer in ("gptqmodel", "hqq")}
-    pythons = {"bitalloc": Path(sys.executable)} | {peer: python for peer, python in found.items() if python}
-    _line(COLUMNS.split())
-    rows: list[dict] = []
-    for shape, gain, threads in product(arguments.shapes, arguments.gain, arguments.threads):
-        torch.set_num_threads(threads)
-        repeats = arguments.repeats or (5 if shape[0] * shape[1] <= 2**20 else 2)
-        new = compare(shape, gain, pythons, threads, repeats)
-        show(new)
-        rows += new
-        results = {"record": run_record("torch", "numpy"), "rows": rows}
-        write_atomically(HERE / "results/peers.json", (json.dumps(results, indent=1) + "\n").encode())
+    arguments.pythons = {}
+    try:
+        for model in arguments.models:
+            compare(subject(model, arguments.text), arguments)
+    except (BitallocError, FailedError) as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What the workers share: read a problem, quantise it once, print what that took as one line of JSON.
+"""What the workers on one matrix share: read a problem, quantise it once, print what that took as one line of JSON.
 
-python run_TOOL.py PROBLEM.safetensors WHAT.safetensors SETTINGS   (SETTINGS as JSON)
+python matrix_TOOL.py PROBLEM.safetensors WHAT.safetensors SETTINGS   (SETTINGS as JSON)
 
 Runs in the environment of each tool, so it imports nothing but torch and safetensors. CPU seconds are those of
 all threads of the process and of the children it waited for; the imports and the preparation are not in them.

@@ -255,3 +255,24 @@ def test_a_mistyped_plan_of_the_backends_is_one_line(finished):
     status, output = finished.run("results/tiny/backends.png", "-n")  # the sheet names plans of another budget
     assert status != 0
     assert "unknown plan 'best-2.3bpw' in the section backends: did you mean 'best-2.55bpw'?" in output
+
+
+def test_an_evolution_that_was_killed_goes_on_and_leaves_a_table_a_map_and_a_figure(project):
+    project.configure(evolve={"precisions": ["fp16", "int4"], "generations": 3, "offspring": 4, "stages": [[1024, 1]]})
+    store, target = project.folder / "results/store", "results/tiny/evolution.png"
+    known = set(store.glob("??/*.jsonl"))
+
+    def readings() -> list[bytes]:
+        return [line for path in set(store.glob("??/*.jsonl")) - known for line in path.read_bytes().splitlines()]
+
+    project.kill_once(lambda: len(readings()) > 4, target)
+    project.run("--unlock")
+    status, output = project.run(target)
+    assert status == 0, output
+    frame = tables.EVOLUTION.read(project.folder / "results/tiny/evolution.parquet")
+    assert frame["evaluations"].tolist() == [1, 5, 9, 13]
+    # each genome once, and every champion once more on the report windows: nothing was read twice
+    assert len(readings()) == 13 + frame["champion"].nunique()
+    champion = json.loads((project.folder / "results/tiny/evolved.json").read_text())
+    assert champion == json.loads(frame.loc[frame["fitness"].idxmax(), "champion"])
+    assert (project.folder / target).stat().st_size > 20_000

@@ -1,0 +1,126 @@
+"""One evaluation for every tool: dequantised weights in a plain `transformers` model, on text nobody calibrated on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors import safe_open
+
+from bitalloc.models import load_model, pick_device
+from bitalloc.statistics.intervals import quantile
+from bitalloc.suites import Head, Windows
+from bitalloc.suites.intervals import mean
+
+RESAMPLES = 2000
+
+
+class Evaluation:
+    """The model and its own answers on the windows of the report split."""
+
+    def __init__(self, path: Path, tokens: pd.DataFrame, *, layers: Sequence[str], device: str = "auto") -> None:
+        where = pick_device(device)
+        self.layers, self.model = list(layers), load_model(path, device=where)
+        self.windows = Windows(tokens[tokens["split"] == "report"], batch=8, device=where)
+        self.head = Head(self.model)
+        self.reference = [h_ND.cpu() for h_ND in self.windows.hidden(self.model)]
+
+    def scores(self, weights: Path | None = None) -> pd.DataFrame:
+        """nll and kl (reference || model) in nats a token and top1, means over each window; `corpus`.
+
+        `weights`: safetensors of every linear layer as its module has it; None: the model as it is.
+        """
+        if weights:
+            with safe_open(weights, "pt") as file, torch.no_grad():
+                for layer in self.layers:
+                    self.model.get_submodule(layer).weight.copy_(file.get_tensor(layer))
+        scores = self.windows.scores(self.head, self.windows.hidden(self.model), self.reference)
+        if not np.isfinite(scores["nll"]).all():
+            raise FloatingPointError("scores are NaN or Inf")
+        return scores.assign(corpus=self.windows.frame["corpus"].to_numpy())
+
+
+def summary(scores: pd.DataFrame) -> dict[str, Any]:
+    """Means over windows, with 95 % intervals (bootstrap over windows within each corpus), and by corpus."""
+    kl = mean(scores["kl"], scores["tokens"], scores["corpus"], resamples=RESAMPLES, seed=0)
+    by_corpus = {str(name): _means(part) for name, part in scores.groupby("corpus", sort=False)}
+    return {**_means(scores), "kl_lo": kl.lo, "kl_hi": kl.hi, "corpora": by_corpus}
+
+
+def _means(scores: pd.DataFrame) -> dict[str, float]:
+    weights = scores["tokens"]
+    found = {name: float(np.average(scores[name], weights=weights)) for name in ("nll", "kl", "top1")}
+    return {"nll": found["nll"], "ppl": float(np.exp(found["nll"])), "kl": found["kl"], "top1": found["top1"]}
+
+
+def ratio(ours: pd.DataFrame, peer: pd.DataFrame) -> tuple[float, float, float]:
+    """KL of ours over that of a peer on the same windows, and its 95 % interval (paired bootstrap over windows).
+
+    >>> frame = pd.DataFrame({"kl": [1.0, 2.0, 3.0], "tokens": 1.0, "corpus": "a"})
+    >>> ratio(frame.assign(kl=frame["kl"] / 2), frame)
+    (0.5, 0.5, 0.5)
+    """
+    draw, parts = np.random.default_rng(0), []
+    for _, rows in ours.reset_index(drop=True).groupby("corpus", sort=False):
+        count_RN = draw.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=RESAMPLES)
+        weight_N = rows["tokens"].to_numpy()
+        parts.append([count_RN @ (weight_N * frame["kl"].to_numpy()[rows.index]) for frame in (ours, peer)])
+    ours_R, peer_R = np.sum(parts, axis=0)
+    value = np.average(ours["kl"], weights=ours["tokens"]) / np.average(peer["kl"], weights=peer["tokens"])
+    lo, hi = np.quantile(ours_R / peer_R, [0.025, 0.975])
+    return float(value), float(lo), float(hi)
+
+
+def over_seeds(ratios: Sequence[float]) -> tuple[float, float, float]:
+    """Geometric mean of ratios of several calibrations, and exp of Student's interval of their logarithms.
+
+    >>> [round(each, 3) for each in over_seeds([0.5, 0.5, 0.5])]
+    [0.5, 0.5, 0.5]
+    """
+    logs = np.log(ratios)
+    half = quantile(len(logs) - 1) * logs.std(ddof=1) / np.sqrt(len(logs)) if len(logs) > 1 else np.nan
+    return tuple(float(np.exp(logs.mean() + end)) for end in (0, -half, half))  # type: ignore[return-value]
+
+
+# ---- the figure --------------------------------------------------------------------------------------
+MARKERS = dict(zip("autoscheme autoround modelopt gptqmodel llmcompressor hqq".split(), "s^vDPX", strict=True))
+LINES = {"bitalloc best": "-", "bitalloc tuned": "-.", "bitalloc uniform": "--", "bitalloc map + autoround": ":"}
+
+
+def draw(rows: Sequence[Mapping[str, Any]], name: str, path: Path) -> None:
+    """KL against bits a weight of every tool of one model, and against CPU seconds at the smallest budget."""
+    from bitalloc.figures.style import GREY, INK, headline, page
+
+    shown = [row for row in rows if row["kl"] is not None and row["budget"] is not None]
+    least = min(row["budget"] for row in shown)
+    sentence = f"{name}: how far every tool departs from the model, by the bits it stores and by what it costs"
+    footer = (
+        "Black: bitalloc. Bars: 95 % intervals over windows. KL from the unquantised model, text nobody calibrated on. "
+        "CPU seconds of all processes from model to packed checkpoint, imports included."
+    )
+    with page(11, 5.4, path) as figure:
+        bottom, top = headline(figure, sentence, footer)
+        left = figure.add_axes((0.07, bottom + 0.1, 0.33, top - bottom - 0.15))
+        right = figure.add_axes((0.46, bottom + 0.1, 0.33, top - bottom - 0.15), sharey=left)
+        for tool in dict.fromkeys(row["tool"] for row in shown):
+            own = sorted((row for row in shown if row["tool"] == tool), key=lambda row: row["bpw"])
+            colour = INK if tool.startswith("bitalloc") else GREY
+            look = {"marker": MARKERS.get(tool, "o"), "color": colour, "ms": 4.5, "lw": 1, "elinewidth": 0.7}
+            look |= {"mfc": colour if tool == "bitalloc best" else "white"}
+            for axes, part, column, line in (
+                (left, own, "bpw", LINES.get(tool, ":")),
+                (right, [row for row in own if row["budget"] == least], "seconds", ""),
+            ):
+                kl = np.array([row["kl"] for row in part])
+                bars = np.abs(np.array([(row["kl_lo"], row["kl_hi"]) for row in part]).reshape(-1, 2).T - kl)
+                axes.errorbar([row[column] for row in part], kl, bars, ls=line, label=tool, **look)
+        left.set(xlabel="bits a weight, as stored", ylabel="KL, nats a token", yscale="log", title="all budgets")
+        right.set(xlabel="CPU seconds", xscale="log", title=f"asked for {least:g} bits a weight")
+        for axis in (left.yaxis, right.xaxis):
+            axis.set_major_formatter("{x:g}")
+        right.xaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:.0e}"[0] in "25" else "")
+        figure.legend(*left.get_legend_handles_labels(), loc="center left", bbox_to_anchor=(0.8, 0.55), frameon=False)
