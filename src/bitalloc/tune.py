@@ -184,10 +184,7 @@ def descend(
     sign(gradient) (Cheng et al. 2023), adam: torch's at rate x unit; the units are `UNITS`.
     """
     groups = [
-        {
-            "params": matrix.parameters[part],
-            "unit": UNITS[optimizer][part] / (matrix.top / 3 if part == "scales" else 1),
-        }
+        {"params": matrix.parameters[part], "unit": UNITS[optimizer][part]}
         for matrix in learned.values()
         for part in parts
     ]
