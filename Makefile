@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 CORES ?= 2
 DEMO := $(addprefix results/tiny/,goodhart.png report.md)
 
-.PHONY: demo test lint format config bench-allocate bench-clusters bench-evaluate bench-export bench-goodhart bench-matrices bench-memory bench-peers bench-phase bench-resume bench-rounds bench-sweep test-lepton test-slurm clean
+.PHONY: demo test lint format config bench-allocate bench-allocators bench-clusters bench-evaluate bench-evolve bench-export bench-goodhart bench-matrices bench-memory bench-peers bench-phase bench-resume bench-rounds bench-sweep bench-tune test-lepton test-slurm validate clean
 
 demo: $(VENV)/.core
 	$(BIN)/snakemake $(DEMO) --cores $(CORES) --quiet rules host
@@ -15,6 +15,10 @@ demo: $(VENV)/.core
 
 test: $(VENV)/.dev lint
 	$(BIN)/pytest -n $(CORES) --dist worksteal
+
+# every study of config/studies that this machine can run, and one table of what was claimed and what came of it
+validate: $(VENV)/.dev
+	@$(BIN)/python -m bitalloc.validate -- --cores $(CORES) --quiet rules host
 
 # what .ci/run leaves out: Lepton's own client, a real Slurm (installs Debian's packages, needs root)
 test-lepton: $(VENV)/.dev
@@ -71,12 +75,19 @@ bench-phase: $(VENV)/.dev
 bench-allocate: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_allocate.py
 
+bench-allocators: $(VENV)/.dev
+	$(BIN)/python benchmarks/bench_allocators.py
+
 # faults of a Lepton workspace at random moments, against a stand-in on loopback; half an hour
 bench-clusters: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_clusters.py
 
 bench-evaluate: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_evaluate.py
+
+bench-evolve: $(VENV)/.dev
+	$(BIN)/snakemake --cores $(CORES) results/tiny/plans.parquet --quiet rules host
+	$(BIN)/python benchmarks/bench_evolve.py
 
 bench-memory: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_memory.py
@@ -96,6 +107,10 @@ bench-matrices: $(VENV)/.dev
 # whole models: `make bench-peers MODEL=/a/folder TEXT=some.txt SEEDS=5`, all three optional
 bench-peers: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_peers.py --models $(or $(MODEL),$(ROUNDS)) $(TEXT:%=--text %) $(SEEDS:%=--seeds %)
+
+bench-tune: $(VENV)/.dev
+	$(BIN)/snakemake --cores $(CORES) $(ROUNDS:%=results/%/plans.parquet) --quiet rules host
+	$(BIN)/python benchmarks/bench_tune.py --models $(ROUNDS) --seeds 5
 
 clean:
 	rm -rf results logs .snakemake

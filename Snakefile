@@ -16,6 +16,8 @@ include: "workflow/rules/calibrate.smk"
 include: "workflow/rules/sweep.smk"
 include: "workflow/rules/fit.smk"
 include: "workflow/rules/allocate.smk"
+include: "workflow/rules/tune.smk"
+include: "workflow/rules/evolve.smk"
 include: "workflow/rules/compress.smk"
 include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/humaneval.smk"
@@ -25,6 +27,7 @@ include: "workflow/rules/analyze.smk"
 include: "workflow/rules/phase.smk"
 include: "workflow/rules/success.smk"
 include: "workflow/rules/report.smk"
+include: "workflow/rules/studies.smk"
 
 
 rule all:

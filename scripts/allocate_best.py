@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from bitalloc.allocate import choose_best, choose_leaked, write_overrides
+from bitalloc.allocate import choose_best, choose_leaked, tuned, write_overrides
+from bitalloc.config import Config
 from bitalloc.script import stage
 from bitalloc.store import write_atomically
 from bitalloc.tables import EVALUATE, PLAN, PLANS, verdicts
@@ -17,6 +18,7 @@ def main(
     candidates: Path,
     path_to_scores: Path,
     path_to_leaked: Path | None,
+    settings: Config,
     path_to_plans: Path,
     folder: Path,
 ) -> None:
@@ -28,6 +30,8 @@ def main(
         best, chosen = pd.concat([best, leaked], ignore_index=True), chosen | found
     plans = plans[~plans["strategy"].str.fullmatch(r"leaked_\d+")]  # of these only the winner goes on
     plans = pd.concat([best, plans], ignore_index=True)
+    copies, copied = tuned(plans, frames | chosen, settings.compress.plans)
+    plans, chosen = pd.concat([plans, copies], ignore_index=True), chosen | copied
     folder.mkdir(parents=True, exist_ok=True)
     for row in plans.to_dict("records"):
         name = row["plan"]
@@ -47,6 +51,7 @@ if __name__ == "__main__":
             candidates=Path(snakemake.input.folder),
             path_to_scores=Path(snakemake.input.select),
             path_to_leaked=Path(snakemake.input.leaked) if snakemake.input.leaked else None,
+            settings=Config(**snakemake.params.settings),
             path_to_plans=Path(snakemake.output.plans),
             folder=Path(snakemake.output.folder),
         )

@@ -6,18 +6,23 @@ from bitalloc.compress import compress
 from bitalloc.config import Config
 from bitalloc.experiments import open_experiments
 from bitalloc.script import stage
-from bitalloc.tables import CHECKPOINTS, INVENTORY, PLAN, verdicts
+from bitalloc.tables import CHECKPOINTS, INVENTORY, PLAN, TUNED, verdicts
+from bitalloc.tune import Tuned
 
 
 def main(*, plan: str, inputs: dict[str, Path], settings: Config, results: Path, path_to_table: Path) -> None:
     path_to_plan = inputs["folder"] / f"{plan}.parquet"
+    chosen = PLAN.read(path_to_plan)
+    experiments = open_experiments(
+        inputs["checkpoint"], inputs["inventory"], inputs["moments"], settings, inputs.get("embeddings")
+    )
+    learned = TUNED.read(inputs["tuned"]).to_dict("records") if "tuned" in inputs else []
     frame = compress(
-        {plan: PLAN.read(path_to_plan)},
+        {plan: chosen},
         results=results,
-        experiments=open_experiments(
-            inputs["checkpoint"], inputs["inventory"], inputs["moments"], settings, inputs.get("embeddings")
-        ),
+        experiments=experiments,
         inventory=INVENTORY.read(inputs["inventory"]),
+        tuned={plan: Tuned(experiments, chosen, learned)} if learned else {},
         verdicts=verdicts(path_to_plan),
     )
     CHECKPOINTS.write(frame, path_to_table, verdicts=verdicts(path_to_plan))

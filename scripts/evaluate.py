@@ -9,6 +9,7 @@ from bitalloc.experiments import open_experiments
 from bitalloc.gates import read_verdict
 from bitalloc.script import stage
 from bitalloc.tables import (
+    ARMS,
     CHECKPOINTS,
     COST,
     EVALUATE,
@@ -19,7 +20,6 @@ from bitalloc.tables import (
     RESPONSES,
     TOKENS,
     verdicts,
-    without_arms,
 )
 
 
@@ -27,7 +27,7 @@ def main(*, part: int, inputs: dict[str, Path], settings: Config, results: Path,
     plans = PLANS.read(inputs["plans"])
     if read_verdict(inputs["allocate"])["route"] == "near_uniform":
         # nothing to gain: pool and arms are not worth their hours
-        plans = without_arms(plans[plans["strategy"] != "random"])
+        plans = plans[~plans["strategy"].isin(["random", *ARMS])]
     written = CHECKPOINTS.read(inputs["checkpoints"]).set_index("plan")["path"]
     experiments = open_experiments(
         inputs["checkpoint"], inputs["inventory"], inputs["moments"], settings, inputs.get("embeddings")

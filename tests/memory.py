@@ -45,7 +45,6 @@ def main() -> None:
     O, I, targets = map(int, sys.argv[1:4])  # noqa: E741
     bits, ranks = (list(map(int, given.split(","))) for given in sys.argv[4:])
     options = [Option("gptq", b, 128, r) for b in bits for r in ranks]
-    torch.set_num_threads(2)
     grown(256, 256, 1, options)  # libraries, threads and pools
     told = working_bytes([(k, O, I, option) for k in range(targets) for option in options], iterations=1)
     print(grown(O, I, targets, options) / told)

@@ -370,6 +370,53 @@ def test_component_plans_are_at_no_budget_and_disturb_nobody(tmp_path):
     pd.testing.assert_frame_equal(plans, made.allocate(configured(arms=["component"]))[0])
 
 
+def test_rules_and_maps_of_the_user_are_plans_at_no_budget(tmp_path):
+    made = model(blocks=4)
+    file = tmp_path / "mine.json"
+    file.write_text('{"wte": "int8", "h.1-h.2": "int4", "default": "fp16"}')
+    plain, _ = made.allocate(configured())
+    plans, frames = made.allocate(configured(rules=["early", "all_low", "all_high"], plans=[str(file)]))
+    tables.PLANS.write(plans, tmp_path / "plans.parquet")
+    free = plans.iloc[len(plain) :].set_index("plan")
+    pd.testing.assert_frame_equal(tables.without_arms(plans), plain)
+    assert list(free.index) == ["position-early", "position-all_low", "position-all_high", "mine"]
+    for name, row in free.iterrows():
+        tables.PLAN.write(frames[name], tmp_path / "plan.parquet")
+        assert row["nbytes"] == frames[name]["nbytes"].sum() and pd.isna(row["objective"])
+        assert row["checkpoint_nbytes"] == checkpoint_nbytes(made.inventory, frames[name], configured().sweep)
+        assert yaml.safe_load(write_overrides(frames[name], {"plan": name} | row.to_dict()))
+    nbytes = free["nbytes"]
+    assert nbytes["position-all_low"] < nbytes["position-early"]
+    bits = frames["mine"].set_index("layer")["bits"]
+    assert bits["embed"] == 8 and bits["layers.0.q_proj"] == 16 and bits["layers.2.down_proj"] == 4
+    assert "embed" not in set(frames["position-all_high"]["layer"])  # as it is stored
+    assert "h.1 fp16" in free["note"]["position-early"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"h.9.mlp": "int8"}', "names block 9, the model has h.0 to h.3"),
+        ('{"wte": "int7"}', "unknown precision 'int7'"),
+    ],
+)
+def test_a_map_that_does_not_fit_is_one_line_with_its_file(tmp_path, text, said):
+    file = tmp_path / "mine.json"
+    file.write_text(text)
+    with pytest.raises(BitallocError, match=said) as error:
+        model(blocks=4).allocate(configured(plans=[str(file)]))
+    assert str(file) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_two_maps_of_one_name_are_refused(tmp_path):
+    files = [tmp_path / folder / "mine.json" for folder in ("a", "b")]
+    for file in files:
+        file.parent.mkdir()
+        file.write_text("{}")
+    with pytest.raises(BitallocError, match="two plans are named mine"):
+        model(blocks=4).allocate(configured(plans=[str(file) for file in files]))
+
+
 def leaking(made: Model) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:
     """Plans with candidates of the arm, whose coefficients run the other way."""
     coefficient = made.sensitivity["coefficient"].to_numpy()

@@ -4,7 +4,8 @@ import pandas as pd
 import pytest
 
 from bitalloc import report, tables
-from bitalloc.config import Gates
+from bitalloc.analyses.study import Study
+from bitalloc.config import Analyze, Gates
 from bitalloc.figures.domains import _Data
 from bitalloc.figures.goodhart import _Page
 from bitalloc.gates import gate_allocate, gate_downstream, gate_pilot
@@ -18,11 +19,16 @@ def plain() -> Results:
 
 @pytest.fixture(scope="module")
 def armed(plain) -> Results:
-    """The same with a leaked plan at a budget and two of the component arm, evaluated like the others."""
+    """The same with a leaked plan at a budget, two of the component arm, one by position and one of the user's."""
     first = plain.plans[plain.plans["strategy"] == "uniform"].iloc[0]
     component = {"strategy": "component", "budget": "component mlp", "budget_bytes": 1, "bits_per_weight": 2.5}
     rows = [first.to_dict() | {"plan": "leaked-2.6bpw", "strategy": "leaked"}]
     rows += [first.to_dict() | component | {"plan": f"component-mlp-{step}"} for step in (1, 2)]
+    free = {"budget_bytes": 1, "bits_per_weight": 9.0} | dict.fromkeys(
+        ["objective", "lower_bound", "gap"], float("nan")
+    )
+    for strategy, plan in (("position", "position-early"), ("file", "mine")):
+        rows.append(first.to_dict() | free | {"plan": plan, "strategy": strategy, "budget": strategy})
     plans = pd.concat([plain.plans, pd.DataFrame(rows)], ignore_index=True)
 
     def with_copies(frame: pd.DataFrame) -> pd.DataFrame:
@@ -58,3 +64,10 @@ def test_the_table_and_the_figures_see_no_difference(plain, armed):
     assert pages[0].budgets == pages[1].budgets and pages[0].plans["plan"].tolist() == pages[1].plans["plan"].tolist()
     domains = [_Data(each.plans, none, goodhart, ["world"]) for each in (plain, armed)]
     assert domains[0].budgets == domains[1].budgets and domains[0].strategies == domains[1].strategies
+
+
+def test_a_plan_of_unknown_cost_takes_the_prediction_from_nobody(plain, armed):
+    settings = Analyze(resamples=50, folds=2)
+    studies = [Study(each.plans, each.evaluate, each.responses, settings, 0) for each in (plain, armed)]
+    assert list(studies[0].proxies) == list(studies[1].proxies) and "objective" in studies[1].proxies
+    assert studies[0].strata == studies[1].strata

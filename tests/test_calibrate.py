@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bitalloc import calibrate as stage
-from bitalloc import models, retrieve, tables
+from bitalloc import models, retrieve, stream, tables
 from bitalloc.config import Calibrate
 from bitalloc.errors import BitallocError
 from bitalloc.families import FAMILIES
@@ -21,11 +21,6 @@ from tests.random_models import BLOCKS, VOCABULARY, save
 
 CPU = torch.device("cpu")
 EVERY = pytest.mark.parametrize("name", list(FAMILIES))
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> None:
-    torch.set_num_threads(2)
 
 
 def windows(count: int = 5, length: int = 24) -> pd.DataFrame:
@@ -87,7 +82,8 @@ def test_equals_hooks_on_the_whole_model(
 def test_runs_in_bfloat16_as_on_a_gpu(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, store = save(name, tmp_path / "model"), Store(tmp_path / "store")
     exact = run(name, path, store.root).set_index("site")
-    monkeypatch.setattr(stage, "working_dtype", lambda _: torch.bfloat16)
+    for module in (stage, stream):
+        monkeypatch.setattr(module, "working_dtype", lambda _: torch.bfloat16)
     rounded = run(name, path, store.root).set_index("site")
     assert not set(rounded["key"]) & set(exact["key"])
     for site in exact.index:
@@ -130,8 +126,8 @@ def test_never_more_than_a_block_or_the_embeddings(name: str, tmp_path: Path, mo
         models.materialise(*args, **kwargs)
         resident.append({n for n, parameter in hollow[0].named_parameters() if not parameter.is_meta})
 
-    monkeypatch.setattr(stage, "skeleton", skeleton)
-    monkeypatch.setattr(stage, "materialise", materialise)
+    monkeypatch.setattr(stream, "skeleton", skeleton)
+    monkeypatch.setattr(stream, "materialise", materialise)
     run(name, path, tmp_path / "store")
     names = [n for n, _ in hollow[0].named_parameters()]
     embeddings = {n for n in names if known.claim(n)[2] == "embedding"}
@@ -171,7 +167,7 @@ def test_killed_run_goes_on_at_the_first_unfinished_block(
             run("mistral", path, tmp_path / "b")
     stale = tmp_path / "b" / "scratch" / "of another run" / "0002"
     stale.mkdir(parents=True)
-    monkeypatch.setattr(stage, "materialise", materialise)
+    monkeypatch.setattr(stream, "materialise", materialise)
     assert run("mistral", path, tmp_path / "b").equals(undisturbed)
     first = after // len(FAMILIES["mistral"].sites())
     assert filled == ["model.embed_tokens", *(f"model.layers.{block}" for block in range(first, BLOCKS))]
@@ -233,7 +229,7 @@ def test_a_second_run_waits_for_the_first_and_does_nothing_itself(
         models.materialise(module, prefix, *args, **kwargs)
 
     monkeypatch.setattr(Store, "put", slow)
-    monkeypatch.setattr(stage, "materialise", materialise)
+    monkeypatch.setattr(stream, "materialise", materialise)
     monkeypatch.setattr("bitalloc.store.print", lambda line, **_: "waiting" in line and said.set(), raising=False)
     first = run("llama", path, tmp_path / "store")
     assert second[0].result(30).equals(first)

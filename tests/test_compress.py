@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import torch
 
 from bitalloc import compress as stage
 from bitalloc.errors import BitallocError
@@ -16,7 +15,6 @@ from tests.small import Small, small
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Small:
-    torch.set_num_threads(2)
     return small("llama", tmp_path_factory.mktemp("compress"))
 
 

@@ -10,7 +10,8 @@ from bitalloc.errors import BitallocError
 ROOT = Path(__file__).parents[1]
 FILES = (ROOT / "config/config.yaml", ROOT / "config/models.yaml")
 SHEET = (
-    "tiny stories260k gpt2 distilgpt2 gpt2_medium gpt2_large gpt2_xl opt_125m tinyllama_1_1b llama2_7b mistral_7b "
+    "tiny stories260k gpt2_tiny_6 gpt2_tiny_12 gpt2_tiny_24 "
+    "gpt2 distilgpt2 gpt2_medium gpt2_large gpt2_xl opt_125m tinyllama_1_1b llama2_7b mistral_7b "
     "phi_2 qwen2_1_5b qwen2_7b qwen2_72b"
 ).split()
 
@@ -29,6 +30,15 @@ def test_every_model_of_the_sheet_has_a_valid_configuration():
     assert set(SHEET) == set(loaded.models)
     for name in SHEET:
         loaded.for_model(name)
+
+
+def test_best_spends_more_than_the_defaults_on_every_model():
+    usual, best = config.load(*FILES), config.load(*FILES, ROOT / "config/best.yaml")
+    for name in SHEET:
+        assert "tuned" in best.for_model(name).compress.plans
+    usual, best = usual.for_model("gpt2"), best.for_model("gpt2")
+    assert best.tune.iterations > usual.tune.iterations and best.tune.polish > usual.tune.polish
+    assert set(best.sweep.group_sizes) > set(usual.sweep.group_sizes)
 
 
 def test_every_model_has_the_controls_of_rank_against_bits():

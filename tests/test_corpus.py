@@ -293,7 +293,6 @@ def test_stories260k_perplexity() -> None:
 
     Documents differ by 0.51 nats (standard deviation), 100 of them by 0.05 on the mean: the band is three of it.
     """
-    torch.set_num_threads(2)
     folder = Path(os.environ["BITALLOC_DATA"])
     path = folder / "models" / "stories260K" / "hf"
     model, tokenizer = load_model(path, device=torch.device("cpu")), corpus.load_tokenizer(path)

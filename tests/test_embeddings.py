@@ -40,11 +40,6 @@ ENDS = {  # family -> tables of its random model; OPT's and GPT-2's are tied, as
 FOUR = next(option for option in options(TABLES) if option.bits == 4)
 
 
-@pytest.fixture(autouse=True)
-def _threads() -> None:
-    torch.set_num_threads(2)
-
-
 def made(family: str, folder: Path) -> tuple[Small, pd.DataFrame]:
     """A random model whose experiments know its tables, and the frame of those."""
     bench = small(family, folder, sweep=TABLES)

@@ -25,7 +25,6 @@ SETTINGS = config.Evaluate(suites=["perplexity", "divergence", "world"], resampl
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Small:
-    torch.set_num_threads(2)
     return small("gpt2", tmp_path_factory.mktemp("evaluate"))
 
 

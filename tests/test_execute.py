@@ -24,7 +24,7 @@ COMPLETIONS = {
     "passed": "    return x + 1\n",
     "failed": "    return x\n",
     "error": "    return y\n",
-    "timeout": "    while True: pass\n",
+    "timeout": "    import time\n    time.sleep(600)\n",
     "unfit": "",
 }
 

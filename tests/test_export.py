@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import torch
 
 from bitalloc.allocate import allocate
 from bitalloc.config import Sweep, parse
@@ -24,11 +23,6 @@ from tests.small import small
 
 EVERY = pytest.mark.parametrize("name", list(FORMATS))
 SWEEP = Sweep(quantizers=["rtn"], bits=[4], group_sizes=[32], ranks=[0])
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> None:
-    torch.set_num_threads(2)
 
 
 @pytest.fixture

@@ -30,7 +30,6 @@ ACCURACY = {"facts": 1.0, "facts_held_out": 0.9375, "sums": 0.98, "keys": 1.0}
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory):
     """Moments, experiments and settings of tiny on a small part of the world."""
-    torch.set_num_threads(2)
     settings = config.parse(
         {
             "device": "cpu",

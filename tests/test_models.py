@@ -22,11 +22,6 @@ TINY = Path(__file__).parents[1] / "resources" / "tiny"
 IDS = torch.randint(0, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(autouse=True)
-def _threads() -> None:
-    torch.set_num_threads(2)
-
-
 def first_layer(name: str) -> str:
     return FAMILIES[name].layer(0, FAMILIES[name].roles[0])
 

@@ -37,11 +37,6 @@ def prose(words: int, seed: int) -> str:
 DOCUMENTS = [prose(30, 0), prose(700, 1), prose(5, 2), prose(120, 3)]  # the second is longer than the context
 
 
-@pytest.fixture(autouse=True)
-def _threads() -> None:
-    torch.set_num_threads(2)
-
-
 @pytest.fixture(scope="module", params=["no bos", "bos"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """tiny, and tiny with a tokenizer that puts bos first, as Llama's does."""

@@ -147,8 +147,8 @@ PROBLEM = {
 }
 
 
-def judged(program: str, **changed) -> str:
-    verdict = sandbox.judge(program, **{**PROBLEM, **changed}, limits=Limits(wall_s=5.0))
+def judged(program: str, wall_s: float = 60.0, **changed) -> str:
+    verdict = sandbox.judge(program, **{**PROBLEM, **changed}, limits=Limits(wall_s=wall_s))
     return f"{verdict.outcome} {verdict.detail}".strip()
 
 
@@ -162,7 +162,7 @@ def test_a_right_program_passes_and_a_wrong_one_fails():
     assert judged("def add(x):\n    return y\n") == "error NameError"
     assert judged("def add(x:\n") == "error SyntaxError"
     assert judged("def other(x):\n    return x + 1\n") == "error KeyError"
-    assert judged("def add(x):\n    while True: pass\n") == "timeout"
+    assert judged("def add(x):\n    while True: pass\n", wall_s=1.0) == "timeout"
 
 
 ATTACKS = {

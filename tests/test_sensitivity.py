@@ -27,11 +27,6 @@ TINY = Path(__file__).parents[1] / "resources" / "tiny"
 BOTH = config.Sensitivity(signals=["kl", "fisher"], windows=6)
 
 
-@pytest.fixture(autouse=True)
-def _threads() -> None:
-    torch.set_num_threads(2)
-
-
 def run(bench: Small, store: Path, settings: config.Sensitivity = BOTH, **over: Any) -> pd.DataFrame:
     return stage.sensitivity(
         path=bench.path,
@@ -107,7 +102,6 @@ def test_fisher_is_half_the_trace(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
     """Both signals on the embedded model with its real moments, few windows."""
-    torch.set_num_threads(2)
     store, family = Store(tmp_path_factory.mktemp("tiny")), FAMILIES["qwen2"]
     counts = {"window": 128, "calibrate_windows": 12, "select_windows": 1, "report_windows": 1}
     corpora = {split: ["world"] for split in ("calibrate", "select", "report")}

@@ -145,6 +145,7 @@ def test_a_lock_lasts_as_long_as_its_process_and_not_longer(tmp_path, held, monk
 
 def test_a_lock_of_another_machine_is_void_once_it_does_not_change(tmp_path, held, monkeypatch):
     monkeypatch.setattr("bitalloc.lock._machine", lambda: "another machine")
+    os.kill(held.pid, signal.SIGSTOP)  # it does not renew the lock between two looks
     lock = Lock(tmp_path / "locks" / f"{digest('work')[:24]}.lock")
     for waited, beat in ((0, False), (59, False), (61, True), (122, False)):
         monkeypatch.setattr("time.monotonic", lambda waited=waited: 1000.0 + waited)

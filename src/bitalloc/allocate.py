@@ -7,11 +7,13 @@ Legend: N matrices, K options; `choice_N` holds an option index for each matrix.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -19,6 +21,7 @@ import pandas as pd
 import yaml
 from numpy.typing import NDArray
 
+from bitalloc import precision
 from bitalloc.config import Allocate, Bits, Config, Sweep, parse_bytes
 from bitalloc.errors import BitallocError
 from bitalloc.families import FUSED
@@ -29,6 +32,7 @@ from bitalloc.option import PASS_THROUGH, Option
 from bitalloc.strategies import Choice, Instance, random, strategy
 from bitalloc.strategies.component import components
 from bitalloc.strategies.optimal import Solution, gap, solve
+from bitalloc.strategies.position import position
 
 _OPTION = ["quantizer", "bits", "group_size", "rank"]
 UNFUSED = "unfused"  # the optimum if nothing were fused; it never competes for `best`
@@ -223,7 +227,7 @@ def allocate(  # noqa: PLR0917 - tables and settings
     settings = config.allocate
     whole = build(costs, sensitivity, inventory, config, embeddings)
     searched = None if leaked is None else build(costs, leaked, inventory, config, embeddings)
-    inventory = claim(inventory, whole.layers)
+    stored, inventory = inventory, claim(inventory, whole.layers)
     place = inventory[inventory["claimed"]][["layer", "block", "role", "kind"]].reset_index(drop=True)
     place["role"] = place["role"].mask(place["role"] == "", place.pop("kind"))  # embedding and head play their own
     unit_N = units(place, config.fuse)
@@ -257,10 +261,12 @@ def allocate(  # noqa: PLR0917 - tables and settings
                     "note": note,
                 }
             )
-    if "component" in settings.arms:
-        for row, frame in _components(whole, place, inventory, config):
-            rows.append(row)
-            frames[row["plan"]] = frame
+    apart = _components(whole, place, inventory, config) if "component" in settings.arms else ()
+    for row, frame in itertools.chain(apart, _free(stored, config)):
+        if row["plan"] in frames:
+            raise BitallocError(f"two plans are named {row['plan']}; rename one of the files in allocate.plans")
+        rows.append(row)
+        frames[row["plan"]] = frame
     return pd.DataFrame(rows), frames
 
 
@@ -300,6 +306,34 @@ def _components(
                 "lower_bound": math.nan,
                 "gap": math.nan,
                 "note": f"{option.name} in {kind.count(name)} of {len(kind)} matrices, the others untouched",
+            },
+            frame,
+        )
+
+
+def _free(inventory: pd.DataFrame, config: Config) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
+    """A row of PLANS and a PLAN for each rule by position and each precision map of the user's.
+
+    They keep to no budget and round the embedding too, whatever the sweep offers; what they cost is unknown.
+    """
+    known = precision.components(inventory)
+    blocks = int(inventory["block"].max()) + 1
+    asked: list[tuple[str, str, dict[str, str] | Path]] = [
+        ("position", f"position-{rule}", position(rule, blocks)) for rule in config.allocate.rules
+    ]
+    asked += [("file", Path(file).stem, Path(file)) for file in config.allocate.plans]
+    for name, plan, given in asked:
+        mapping = precision.parse(given, known)
+        frame = precision.plan(inventory, mapping)
+        sides = claim(inventory, frame["layer"]).query("claimed")[["rows", "columns"]]
+        nbytes = int(frame["nbytes"].sum())
+        yield (
+            {
+                **{"plan": plan, "strategy": name, "budget": name, "budget_bytes": nbytes, "nbytes": nbytes},
+                "bits_per_weight": 8 * nbytes / int(sides.prod(axis=1).sum()),
+                "checkpoint_nbytes": checkpoint_nbytes(inventory, frame, config.sweep),
+                **dict.fromkeys(("objective", "lower_bound", "gap"), math.nan),
+                "note": ", ".join(f"{key} {value}" for key, value in precision.compact(mapping).items()),
             },
             frame,
         )
@@ -455,6 +489,44 @@ def _choose(
         rows.append({**winner[plans.columns].to_dict(), "plan": name, "strategy": title, "note": note})
         chosen[name] = frames[winner["plan"]]
     return pd.DataFrame(rows, columns=plans.columns), chosen
+
+
+def tuned(
+    plans: pd.DataFrame, frames: Mapping[str, pd.DataFrame], strategies: Sequence[str]
+) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:
+    """PLANS rows and PLAN frames of what compress.plans wants tuned: `tuned` copies `best`, `tuned_<name>` that one.
+
+    Bytes and options are those of the plan it copies; its codes are learned when it is compressed. Raises
+    `BitallocError` for a strategy that has no plan at a budget.
+    """
+    rows, chosen = [], {}
+    named = plans[plans["strategy"] != "random"]
+    for title in strategies:
+        if (source := tuned_from(title)) is None:
+            continue
+        copied = named[named["strategy"] == source]
+        if short := sorted(set(named.loc[named["strategy"] == "best", "budget"]) - set(copied["budget"])):
+            raise BitallocError(
+                f"compress.plans has {title!r}, but there is no plan {source!r} at {short[0]}; "
+                "add it to allocate.strategies or remove it"
+            )
+        for row in copied.to_dict("records"):
+            name = f"{title}-{budget_slug(row['budget'])}"
+            note = f"the map of {row['plan']}, codes learned (tune)"
+            rows.append({**row, "plan": name, "strategy": title, "note": note})
+            chosen[name] = frames[row["plan"]]
+    return pd.DataFrame(rows, columns=plans.columns).astype(plans.dtypes), chosen
+
+
+def tuned_from(strategy: str) -> str | None:
+    """The strategy whose map a tuned one keeps; None for one that is not tuned.
+
+    >>> tuned_from("tuned"), tuned_from("tuned_uniform"), tuned_from("best")
+    ('best', 'uniform', None)
+    """
+    if strategy != "tuned" and not strategy.startswith("tuned_"):
+        return None
+    return strategy.removeprefix("tuned").removeprefix("_") or "best"
 
 
 def write_overrides(plan: pd.DataFrame, row: Mapping[str, Any]) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Protocol
 
 import pandas as pd
 
@@ -11,10 +13,18 @@ from bitalloc.errors import BitallocError
 from bitalloc.experiments import Experiments
 from bitalloc.formats import bitalloc as checkpoints
 from bitalloc.formats.layout import checkpoint_nbytes
-from bitalloc.option import from_row
+from bitalloc.option import Option, from_row
 from bitalloc.progress import Progress
+from bitalloc.quant import CompressedMatrix
 from bitalloc.store import digest
 from bitalloc.tables import CHECKPOINTS
+
+
+class Matrices(Protocol):
+    """Where compressed matrices come from."""
+
+    def shard(self, layer: str, option: Option) -> str: ...
+    def matrix(self, layer: str, option: Option) -> CompressedMatrix: ...
 
 
 def compress(
@@ -24,9 +34,11 @@ def compress(
     experiments: Experiments,
     inventory: pd.DataFrame,
     verdicts: Sequence[Mapping] = (),
+    tuned: Mapping[str, Matrices] = MappingProxyType({}),
 ) -> pd.DataFrame:
     """Write every PLAN frame as `<results>/models/<plan>`: a CHECKPOINTS frame.
 
+    Matrices are those of `experiments`, or of `tuned` for a plan that is there.
     A checkpoint that stands there already, equal and intact, is kept. Raises `BitallocError` when another one
     stands there, and when the weights files on disk do not have the size that the plan promises.
     """
@@ -35,7 +47,8 @@ def compress(
     for name, plan in plans.items():
         folder = Path("models") / name
         options = {row["layer"]: from_row(row, experiments.sweep) for row in plan.to_dict("records")}
-        shards = {layer: experiments.shard(layer, option) for layer, option in options.items()}
+        matrices = tuned.get(name, experiments)
+        shards = {layer: matrices.shard(layer, option) for layer, option in options.items()}
         place = digest(str((results / folder).resolve()))
         with experiments.store.lock(place, f"[compress] another process writes {folder}; waiting for it"):
             checkpoints.save(
@@ -43,7 +56,7 @@ def compress(
                 source=experiments.checkpoint,
                 inventory=inventory,
                 plan=plan,
-                matrix=experiments.matrix,
+                matrix=matrices.matrix,
                 sweep=experiments.sweep,
                 extra={"plan": name, "shards": shards, "verdicts": [dict(verdict) for verdict in verdicts]},
             )

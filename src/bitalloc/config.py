@@ -12,7 +12,7 @@ import re
 import sys
 import textwrap
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -23,6 +23,8 @@ from bitalloc.families import FAMILIES, FUSED
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Bits = Literal[2, 3, 4, 8, 16]
+Rule = Literal["all_high", "all_low", "early", "early_0", "middle", "late", "last", "champion"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "int4", "int3", "int2"]
 
 
 class Section(BaseModel):
@@ -127,6 +129,12 @@ class Allocate(Section):
         description="plans for the analysis alone, never shipped. component: one component harmed in steps, all else "
         "at 16 bits; leaked: sensitivities and choice from the report windows",
     )
+    rules: list[Rule] = Field(
+        [], description="plans by position alone, fp16 against int8, at no budget: strategies/position.py"
+    )
+    plans: list[str] = Field(
+        [], description="precision maps of your own, .json or .yaml: a plan each, of the file's name, at no budget"
+    )
 
     @field_validator("budgets", mode="before")
     @classmethod
@@ -151,15 +159,91 @@ def _fits(budget: Any) -> Any:
     raise ValueError("write a budget as 8GB, 2.6bpw, uniform 3b, or fits: {memory: 24GB, context: 8192, batch: 1}")
 
 
+class Evolve(Section):
+    precisions: list[Literal["fp32", "fp16", "int8", "int4", "int3", "int2"]] = Field(
+        ["fp32", "fp16", "int8", "int4"], min_length=1, description="offered to every component but the final norm"
+    )
+    fitness: Literal["ppl", "kl"] = Field(
+        "ppl",
+        description="baseline bytes / bytes - penalty x degradation; ppl: max(0, (ppl - ppl0) / ppl0); kl: e^KL - 1",
+    )
+    penalty: Annotated[float, Field(ge=0)] = Field(10.0, description="compression that a degradation of 1 costs")
+    budget: str | None = Field(
+        None, description="bytes of the checkpoint that no genome exceeds, 141MB; fitness is then -degradation alone"
+    )
+    start: Literal["uniform", "optimal"] = Field(
+        "uniform", description="the first champion; optimal: additive, from the KL of single components"
+    )
+    generations: Positive = Field(20, description="at most; fewer where nothing new is left to try")
+    offspring: Positive = Field(16, description="children of a generation")
+    switches: Positive = Field(3, description="levels that a child switches, at most")
+    stages: list[tuple[Positive, Positive]] = Field(
+        [(2048, 4), (8192, 1)],
+        min_length=1,
+        description="[tokens of the select split that are read, children that go on], the last stage with 1",
+    )
+    seeds: Positive = Field(1, description="searches, with seeds seed, seed + 1, ..; the fittest champion is kept")
+
+    @field_validator("stages")
+    @classmethod
+    def _narrowing(cls, stages: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        tokens, survivors = zip(*stages, strict=True)
+        if (
+            list(tokens) != sorted(set(tokens))
+            or list(survivors) != sorted(survivors, reverse=True)
+            or survivors[-1] != 1
+        ):
+            raise ValueError("stages read more and more tokens and let fewer and fewer children on, the last one 1")
+        return stages
+
+
 class Compress(Section):
-    plans: list[str] = Field(["best"], description="strategies whose plans are written as checkpoints, at every budget")
+    plans: list[str] = Field(
+        ["best"],
+        description="strategies whose plans are written as checkpoints, at every budget; tuned: the map of best, its "
+        "codes learned, tuned_<strategy>: that of another",
+    )
 
     @field_validator("plans")
     @classmethod
     def _shipped(cls, plans: list[str]) -> list[str]:
-        if kept := [name for name in plans if name in ("component", "leaked")]:
+        if kept := [name for name in plans if name.removeprefix("tuned_") in ("component", "leaked")]:
             raise ValueError(f"{kept[0]} plans serve the analysis alone; no checkpoint is made of them")
+        if free := [name for name in plans if name in ("position", "file")]:
+            raise ValueError(f"{free[0]} plans are at no budget; ask for results/<model>/models/<plan>")
         return plans
+
+
+class Tune(Section):
+    learn: list[Literal["rounding", "scales", "zeros", "factors"]] = Field(
+        ["rounding", "scales"], description="what is learned block by block; bytes stay as they are"
+    )
+    iterations: Annotated[int, Field(ge=0)] = Field(200, description="steps a block")
+    optimizer: Literal["sign", "adam"] = Field("sign", description="signed gradient descent, or Adam")
+    rate: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="of the first step, in codes; it falls linearly to 0; null: 1 / iterations"
+    )
+    start: Literal["swept", "nearest"] = Field("swept", description="from the plan's codes, or rounded to nearest")
+    inputs: Literal["tuned", "original"] = Field(
+        "tuned",
+        description="what a block learns from: the output of the tuned blocks before it, or of the original ones",
+    )
+    windows: Positive = Field(128, description="calibrate windows that are learned on, drawn by seed; all if fewer")
+    holdout: Share = Field(0.125, description="share of them that only judges the iterates")
+    batch: Positive = Field(8, description="windows a step")
+    polish: Annotated[int, Field(ge=0)] = Field(
+        200,
+        description="steps through the whole model, against the KL of its predictions; 0: none. In memory: the model "
+        "and some 12 bytes for each weight of its matrices",
+    )
+    polish_learn: list[Literal["rounding", "scales", "zeros", "factors"]] = Field(
+        ["rounding", "scales", "factors"], description="what these steps learn"
+    )
+    polish_optimizer: Literal["sign", "adam"] = Field("adam", description="signed gradient descent, or Adam")
+    polish_rate: Annotated[float, Field(gt=0)] | None = Field(
+        0.001, description="of the first of them; null: 1 / polish"
+    )
+    sample: Positive = Field(32, description="blocks at one option that are learned for tune.png, drawn by seed")
 
 
 class Export(Section):
@@ -376,6 +460,21 @@ CORPORA = {
 }
 
 
+class Study(Section):
+    """One file of config/studies: which models are held against one another, on which texts."""
+
+    title: str = Field(description="the question, for people")
+    kind: Literal["scale", "architectures"] = Field(description="what its models differ in, hence what it can show")
+    models: list[str] = Field(description="rows of the model sheet, in the order of the columns")
+    corpora: list[str] = Field(
+        description="corpora that are scored; the first is home, the others ask whether it holds"
+    )
+    rules: list[Rule] = Field(list(get_args(Rule)), description="rules of strategies/position.py, in order of the rows")
+    high: Precision = Field("fp16", description="precision of what a rule keeps")
+    low: Precision = Field("int8", description="precision of all else")
+    settings: dict[str, Any] = Field({}, description="what departs from the settings of each model")
+
+
 class Config(Section):
     seed: int = Field(0, description="of everything that is drawn")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: the GPU when there is one")
@@ -391,6 +490,8 @@ class Config(Section):
     sensitivity: Sensitivity = Field(default_factory=Sensitivity)
     fit: Fit = Field(default_factory=Fit)
     allocate: Allocate = Field(default_factory=Allocate)
+    tune: Tune = Field(default_factory=Tune)
+    evolve: Evolve = Field(default_factory=Evolve)
     compress: Compress = Field(default_factory=Compress)
     export: Export = Field(default_factory=Export)
     evaluate: Evaluate = Field(default_factory=Evaluate)
@@ -399,6 +500,9 @@ class Config(Section):
     report: Report = Field(default_factory=Report)
     backends: Backends = Field(default_factory=Backends)
     gates: Gates = Field(default_factory=Gates)
+    skip: dict[str, str] = Field(
+        {}, description="model -> why studies leave it out; `make validate` fills it in for what the machine lacks"
+    )
     models: dict[str, Model] = Field({}, description="the model sheet, config/models.yaml")
 
     @property
@@ -417,6 +521,12 @@ class Config(Section):
         """This configuration with the model's own settings laid over it."""
         return parse(_merge(self.model_dump(mode="json"), self.model(name).settings), where=f"models.{name}.settings")
 
+    def for_study(self, name: str, study: Study) -> Config:
+        """The configuration of one model in a study: its corpora are the report split, and nothing else is read."""
+        asked = {"retrieve": {"calibrate": [], "select": [], "report": study.corpora, "items": {}}}
+        whole = self.for_model(name).model_dump(mode="json")
+        return parse(_merge(_merge(whole, study.settings), asked), where=f"study settings of {name}")
+
     def model(self, name: str) -> Model:
         if name not in self.models:
             raise BitallocError(f"unknown model {name!r}: {nearest(name, self.models)} (config/models.yaml)")
@@ -431,17 +541,32 @@ def parse(raw: dict[str, Any], *, where: str = "configuration") -> Config:
         raise BitallocError("; ".join(_explain(fault, where) for fault in error.errors()[:3])) from None
 
 
-def _explain(fault: Any, where: str) -> str:
+def read_study(path: Path, known: Config) -> Study:
+    """The study of a file; raises `BitallocError` for what is no study, and for models and corpora that are unknown."""
+    try:
+        study = Study.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+    except (OSError, yaml.YAMLError) as error:
+        raise BitallocError(f"cannot read the study {path}: {' '.join(str(error).split())[:200]}") from None
+    except ValidationError as error:
+        raise BitallocError("; ".join(_explain(fault, str(path), Study) for fault in error.errors()[:3])) from None
+    for what, named, there in (("model", study.models, known.models), ("corpus", study.corpora, known.corpora)):
+        for name in named:
+            if name not in there:
+                raise BitallocError(f"{path}: unknown {what} {name!r}: {nearest(name, there)}")
+    return study
+
+
+def _explain(fault: Any, where: str, root: Any = None) -> str:
     path = [str(part) for part in fault["loc"]]
     if fault["type"] == "extra_forbidden":
-        return f"{where}: unknown key {'.'.join(path)!r}: {nearest(path[-1], _keys(path[:-1]))}"
+        return f"{where}: unknown key {'.'.join(path)!r}: {nearest(path[-1], _keys(path[:-1], root))}"
     message = fault["msg"].removeprefix("Value error, ")
     return f"{where}: {'.'.join(path)}: {message} (got {str(fault['input'])[:60]!r})"
 
 
-def _keys(path: list[str]) -> list[str]:
+def _keys(path: list[str], root: Any = None) -> list[str]:
     """Valid keys of the section at `path`."""
-    section: Any = Config
+    section: Any = root or Config
     for part in path:
         field = getattr(section, "model_fields", {}).get(part)
         section = {"models": Model, "corpora": Corpus, "tasks": Task}.get(part, field.annotation if field else section)

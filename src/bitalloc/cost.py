@@ -152,6 +152,7 @@ def plan(settings: config.Config, parameters: float) -> tuple[pd.DataFrame, str]
     budgets = len(allocate.budgets)
     named = 1 + evaluate.rerun + budgets * (len(allocate.strategies) + 1)  # and `best`
     named += budgets * ("leaked" in allocate.arms) + COMPONENT * ("component" in allocate.arms)
+    named += len(allocate.rules) + len(allocate.plans)
     works: list[tuple[str, Work]] = []
     for role, plans in ((NAMED, named), (POOL, budgets * allocate.pool)):
         limit = math.inf

@@ -24,7 +24,7 @@ from bitalloc import config
 from bitalloc.errors import BitallocError
 from bitalloc.lowrank import Target, compress
 from bitalloc.models import Checkpoint, get_weight, load_model, set_weight
-from bitalloc.option import PASS_THROUGH, Option
+from bitalloc.option import PASS_THROUGH, Option, usual_group
 from bitalloc.progress import Progress
 from bitalloc.provenance import source_digest
 from bitalloc.quant import CompressedMatrix, Factor
@@ -34,7 +34,6 @@ from bitalloc.tables import EMBEDDINGS
 
 SLAB = 2**24  # weights that are quantised at a time
 RESAMPLES = 2000
-USUAL_GROUP = 64
 
 
 def options(sweep: config.Sweep) -> list[Option]:
@@ -43,8 +42,7 @@ def options(sweep: config.Sweep) -> list[Option]:
     >>> [option.name for option in options(config.Sweep(embedding_bits=[4, 16], group_sizes=[32, 128]))]
     ['gptq-4b-g32-r0', 'none-16b-g0-r0']
     """
-    group_size = min(sweep.group_sizes, key=lambda size: abs(size - USUAL_GROUP))
-    place = (group_size, 0, sweep.factor_bits, sweep.symmetric)
+    place = (usual_group(sweep), 0, sweep.factor_bits, sweep.symmetric)
     coded = [Option(sweep.quantizers[0], bits, *place) for bits in sorted(set(sweep.embedding_bits)) if bits < 16]
     return coded + ([Option(PASS_THROUGH, 16, 0, 0)] if 16 in sweep.embedding_bits else [])
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import binom
+from scipy.special import bdtrc
 
 from bitalloc import config, cost
 from bitalloc.cost import NAMED, POOL, Work
@@ -189,6 +189,7 @@ class Bench:
         self._wanted: set[int] = set()  # windows that somebody will compare with the reference
         self._reference: dict[int, torch.Tensor] = {}
         self._others: dict[int, Windows] = {}
+        self._fixed: Head | None = None
 
     @cached_property
     def model(self) -> Any:
@@ -198,13 +199,13 @@ class Bench:
     def head(self) -> Head:
         return Head(self.model)
 
-    @cached_property
+    @property
     def reference_head(self) -> Head | None:
         """A copy of the unquantised head where plans may exchange it."""
-        if not self.tables:
-            return None
-        self.put_on(Subject({}))
-        return self.head.fixed()
+        if self._fixed is None and self.tables:
+            self.put_on(Subject({}))
+            self._fixed = self.head.fixed()
+        return self._fixed
 
     @cached_property
     def harness(self) -> downstream.Harness:
@@ -225,10 +226,10 @@ class Bench:
         """What a plan does to the weights; raises `BitallocError` when it does not fit the model."""
         if isinstance(plan, Path):
             frame, matrix = checkpoints.load(plan, inventory=self.inventory)
-            self._check(name, frame)
+            self._admit(name, frame)
             written = [checkpoints.checkpoint_digest(plan), source_digest("bitalloc.formats.bitalloc")]
             return Subject({layer: digest([*written, layer]) for layer in frame["layer"]}, matrix, pool)
-        self._check(name, plan)
+        self._admit(name, plan)
         options = {row["layer"]: from_row(row, self.experiments.sweep) for row in plan.to_dict("records")}
         shards = {layer: self._shard(layer, option) for layer, option in options.items()}
         return Subject(
@@ -238,13 +239,15 @@ class Bench:
             wall_s={} if self.experiments.keep else {layer: wall_s for layer, (_, wall_s) in shards.items()},
         )
 
-    def _check(self, name: str, plan: pd.DataFrame) -> None:
-        if off := sorted(set(plan["layer"]).difference(self.tables) ^ set(self.claimed)):
+    def _admit(self, name: str, plan: pd.DataFrame) -> None:
+        known = {*self.tables, *self.experiments.digests} - set(self.claimed)
+        if off := sorted(set(plan["layer"]) - known ^ set(self.claimed)):
             raise BitallocError(f"plan {name} is not one of this model: {off[0]} is missing or unknown; rerun allocate")
+        self.tables += sorted(set(plan["layer"]) - {*self.claimed, *self.tables})
 
     def _shard(self, layer: str, option: Option) -> tuple[str, float]:
         if (layer, option) not in self._shards:
-            if layer in self.tables:
+            if layer in self.tables or self.experiments.free(layer, option):
                 self._shards[layer, option] = self.experiments.shard(layer, option), 0.0
             else:
                 row = self.experiments.rows([layer], [option]).iloc[0]
@@ -466,7 +469,7 @@ def summarise(
             error = intervals.standard_error(part["value"], part["group"])
             found[metric.replace(",", "_stderr,")] = intervals.Interval(error, np.nan, np.nan, len(part))
         chance = chances.get((suite, task, metric), np.nan)
-        lucky = chance > 0 and binom.sf(part["value"].sum() - 1, len(part), chance) > (1 - intervals.COVERAGE) / 2
+        lucky = chance > 0 and bdtrc(part["value"].sum() - 1, len(part), chance) > (1 - intervals.COVERAGE) / 2
         if plan == REFERENCE and (found[metric].lo <= chance or lucky):
             floors.add((suite, task, metric))
         protocol = f"{protocols[plan, suite, task]}; 95 % percentile bootstrap, {resamples} resamples"

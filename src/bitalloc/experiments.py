@@ -12,6 +12,7 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from bitalloc import precision
 from bitalloc.config import Config, Sweep, parse_bytes
 from bitalloc.errors import BitallocError, nearest
 from bitalloc.lowrank import Decomposition, Factor, Target, compress, stacks, working_bytes
 from bitalloc.models import Checkpoint, open_checkpoint, pick_device, read_moment
-from bitalloc.option import PASS_THROUGH, Option, from_row
+from bitalloc.option import ABSMAX, PASS_THROUGH, Option, from_row
 from bitalloc.option import options as configured
 from bitalloc.progress import Progress
 from bitalloc.provenance import source_digest
 from bitalloc.quant import CompressedMatrix, quantizer
+from bitalloc.quant.absmax import absmax
 from bitalloc.store import JSON, Store, digest
 from bitalloc.tables import EMBEDDINGS, INVENTORY, MOMENTS, SWEEP
 
@@ -64,6 +67,7 @@ class Experiments:
         self.layers: dict[str, dict[str, Any]] = {row["layer"]: row for row in claimed.to_dict("records")}
         self.moments: dict[str, dict[str, Any]] = {row["site"]: row for row in moments.to_dict("records")}
         self.keep = sweep.keep_matrices if isinstance(sweep.keep_matrices, bool) else self._small_enough()
+        self._inventory = inventory
         self._code = source_digest("bitalloc.lowrank", "bitalloc.quant")
         self._factor: tuple[str, Factor] | None = None
         self._workspace = parse_bytes(sweep.workspace)
@@ -83,13 +87,23 @@ class Experiments:
         return sum(self._key(layer, option) in self.store for layer in layers for option in options)
 
     def shard(self, layer: str, option: Option) -> str:
-        """The shard of one experiment, computed if it is not there; that of an embedding or head is known."""
+        """The shard of one experiment, computed if it is not there; that of an embedding or head is known.
+
+        What needs no moments is no experiment: it is made from the weights whenever it is asked for, and this is its
+        identity.
+        """
+        if self.free(layer, option):
+            if layer not in self.digests:
+                raise BitallocError(f"no matrix {layer!r}: {nearest(layer, self.digests)}")
+            return digest([self.digests[layer], option.key(), source_digest("bitalloc.quant.absmax")])
         if layer in self.tables:
             return self.tables[layer][option]
         return self.rows([layer], [option])["key"].item()
 
     def matrix(self, layer: str, option: Option) -> CompressedMatrix:
         """The compressed matrix: from the store when it is kept there, else computed, to the same bytes."""
+        if self.free(layer, option):
+            return self._made(layer, option)
         if layer in self.tables:
             return self._table(layer, option)
         row, key = self._layer(layer), self._key(layer, option)
@@ -102,6 +116,24 @@ class Experiments:
         [(_, result, _, _)] = self._compute([(layer, option)], matrices=True)
         assert result.matrix is not None
         return result.matrix
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """Of the weights that any plan may round: claimed matrices, embeddings and heads."""
+        return precision.rounded(self._inventory).set_index("layer")["digest"].to_dict()
+
+    def free(self, layer: str, option: Option) -> bool:
+        """The matrix can be stored so without a look at moments: by its own largest weights, or as it is."""
+        measured = layer in self.tables or (layer in self.layers and self.layers[layer]["site"] in self.moments)
+        return option.quantizer == ABSMAX or (option.quantizer == PASS_THROUGH and not measured)
+
+    def _made(self, layer: str, option: Option) -> CompressedMatrix:
+        W_OI = self.checkpoint.weight(layer)
+        if option.quantizer == ABSMAX:
+            return absmax(W_OI, option)
+        stored = self.checkpoint.tensor(f"{layer}.weight").dtype
+        half = stored if stored == torch.bfloat16 else torch.float16
+        return CompressedMatrix(option, *W_OI.shape, weight_OI=W_OI.to(half))
 
     def _table(self, layer: str, option: Option) -> CompressedMatrix:
         stored = self.checkpoint.tensor(f"{layer}.weight")

@@ -10,6 +10,8 @@ if TYPE_CHECKING:  # what is stored does not depend on how the configuration is 
     from bitalloc.config import Sweep
 
 PASS_THROUGH = "none"
+USUAL_GROUP = 64
+ABSMAX = "absmax"  # rounded by the largest weight of a row: symmetric, and no calibration has a say
 
 
 @dataclass(frozen=True, order=True)
@@ -25,6 +27,10 @@ class Option:
     rank: int
     factor_bits: int = 8
     symmetric: bool = False
+
+    def __post_init__(self) -> None:
+        if self.quantizer == ABSMAX:
+            object.__setattr__(self, "symmetric", True)
 
     @property
     def name(self) -> str:
@@ -90,6 +96,11 @@ def options(sweep: Sweep) -> list[Option]:
         for rank in sweep.ranks
     ]
     return found + ([Option(PASS_THROUGH, 16, 0, 0)] if 16 in sweep.bits else [])
+
+
+def usual_group(sweep: Sweep) -> int:
+    """The group size nearest to 64, for what is measured at one group size only."""
+    return min(sweep.group_sizes, key=lambda size: abs(size - USUAL_GROUP))
 
 
 def from_row(row: Mapping[str, Any], sweep: Sweep) -> Option:

@@ -26,7 +26,7 @@ from bitalloc import config
 from bitalloc.errors import BitallocError
 from bitalloc.experiments import Experiments
 from bitalloc.models import get_weight, load_model, set_weight
-from bitalloc.option import Option
+from bitalloc.option import Option, usual_group
 from bitalloc.progress import Progress
 from bitalloc.provenance import source_digest
 from bitalloc.store import JSON, Store, digest
@@ -36,7 +36,6 @@ from bitalloc.tables import SENSITIVITY
 
 SMALLEST_KL = 1e-9  # nats; float32 cannot tell smaller ones from 0, and a coefficient of 0 would be free
 RESAMPLES = 2000
-USUAL_GROUP = 64
 
 Measured = Iterator[tuple[str, np.ndarray]]  # layer, KL of every window
 
@@ -47,10 +46,9 @@ def probe(sweep: config.Sweep, settings: config.Sensitivity) -> Option:
     >>> probe(config.Sweep(group_sizes=[32, 128]), config.Sensitivity()).name
     'gptq-3b-g32-r0'
     """
-    group_size = min(sweep.group_sizes, key=lambda size: abs(size - USUAL_GROUP))
     if settings.probe_bits >= 16:
         raise BitallocError("sensitivity.probe_bits of 16 changes nothing; set it to 2, 3, 4 or 8")
-    return Option(sweep.quantizers[0], settings.probe_bits, group_size, 0, sweep.factor_bits, sweep.symmetric)
+    return Option(sweep.quantizers[0], settings.probe_bits, usual_group(sweep), 0, sweep.factor_bits, sweep.symmetric)
 
 
 def sensitivity(

@@ -306,7 +306,7 @@ PLAN = Table(
         *_PLACE,
         *_OPTION,
         Column("nbytes", INT, "bytes as stored"),
-        Column("cost_nats_per_token", FLOAT, "coefficient x rel_error: predicted KL"),
+        Column("cost_nats_per_token", FLOAT, "coefficient x rel_error: predicted KL; missing: unknown", nullable=True),
     ),
 )
 PLANS = Table(
@@ -316,25 +316,83 @@ PLANS = Table(
     (
         Column("plan", STR, "name: <strategy>-<budget>, with a serial number in the random pool"),
         Column("strategy", STR, "member of the strategy family"),
-        Column("budget", STR, "as the configuration states it; `component <name>` is none (strategies/component.py)"),
+        Column("budget", STR, "as the configuration states it; `component <name>`, `position`, `file` are none"),
         Column("budget_bytes", INT, "bytes that the claimed matrices may take, in the format that budgets count"),
         Column("nbytes", INT, "bytes that they take"),
         Column("bits_per_weight", FLOAT, "8 nbytes / weights of the claimed matrices"),
         Column("checkpoint_nbytes", INT, "predicted bytes of the whole checkpoint on disk"),
-        Column("objective", FLOAT, "sum of coefficient x rel_error, nats a token"),
+        Column("objective", FLOAT, "sum of coefficient x rel_error, nats a token; missing: unknown", nullable=True),
         Column("lower_bound", FLOAT, "no plan within the budget has a lower objective", nullable=True),
         Column("gap", FLOAT, "objective / lower_bound - 1", nullable=True),
         Column("note", STR, "who won (best), what was restricted, why a control is missing (optimal), or empty"),
     ),
 )
-ARMS = ("component", "leaked")
+EVOLUTION = Table(
+    "evolution",
+    "The champion of every generation of the evolutionary search, by seed.",
+    ("seed", "generation"),
+    (
+        Column("seed", INT, "of the search"),
+        Column("generation", INT, "0 is the start"),
+        Column("champion", STR, "its precision map, JSON"),
+        Column("fitness", FLOAT, "compression - penalty x degradation; -degradation where a budget is set"),
+        Column("nbytes", INT, "bytes of the checkpoint, scales included, a tied head once"),
+        Column("compression", FLOAT, "bytes with 16 bits everywhere / nbytes"),
+        Column("ppl", FLOAT, "e^nll over the windows of the last stage, select split"),
+        Column("reference_ppl", FLOAT, "the same of the unquantised model"),
+        Column("kl_nats_per_token", FLOAT, "KL to the unquantised model on those windows"),
+        Column("report_ppl", FLOAT, "e^nll over the report windows, which choose nothing"),
+        Column("report_reference_ppl", FLOAT, "the same of the unquantised model"),
+        *_estimate("report_loss_nats_per_token", "nll less that of the unquantised model on the report windows"),
+        Column("report_kl_nats_per_token", FLOAT, "KL to the unquantised model on the report windows"),
+        Column("changed", STR, "components that differ from the champion before; empty where it stayed"),
+        Column("evaluations", INT, "genomes tried up to here, at whatever stage"),
+    ),
+)
+ARMS = ("component", "leaked")  # for one analysis each
+FREE = ("position", "file")  # plans by rule and of the user's own: at no equal-byte budget
 
 
 def without_arms(plans: pd.DataFrame) -> pd.DataFrame:
-    """PLANS but for the arms of the analysis: the first keep to no budget, the others have seen the report windows."""
-    return plans[~plans["strategy"].str.fullmatch("|".join(rf"{arm}(_\d+)?" for arm in ARMS))]
+    """PLANS that compete at equal bytes: without those that keep to no budget or have seen the report windows."""
+    return plans[~plans["strategy"].str.fullmatch("|".join(rf"{arm}(_\d+)?" for arm in (*ARMS, *FREE)))]
 
 
+TUNED = Table(
+    "tuned",
+    "What learning the codes of a plan brought: each block, the polish of the whole model, and the verdict.",
+    ("plan", "part", "block"),
+    (
+        Column("plan", STR, "name of the plan"),
+        Column("part", STR, "block; polish: all blocks at once; select: whether the tuned plan is shipped"),
+        Column("block", INT, "index of the block; -1 for the whole model"),
+        Column("step", INT, "the iterate that was kept, 0 = the start"),
+        Column(
+            "loss_before",
+            FLOAT,
+            "block: ||Y - Y*||^2 / ||Y*||^2 of its output on held-out calibrate windows, swept codes; polish: KL, "
+            "there too, codes learned block by block; select: KL on the select split, swept codes; nats a token",
+        ),
+        Column("loss_after", FLOAT, "the same of what was learned"),
+        Column("kept", BOOL, "lower than before; else the codes before it stay"),
+        Column("note", STR, "why nothing was kept, or empty"),
+        Column("wall_s", FLOAT, "seconds"),
+        Column("key", STR, "shard in the store"),
+    ),
+)
+TUNED_OPTIONS = Table(
+    "tuned_options",
+    "Blocks with all their matrices at one option, a draw of them: does the cheap error rank options as learning does?",
+    ("block", "quantizer", "bits", "group_size", "rank"),
+    (
+        Column("block", INT, "index of the block, whose inputs are those of the original model"),
+        *_OPTION,
+        Column("rel_error", FLOAT, "mean of the sweep's rel_error over the matrices of the block"),
+        Column("block_error_swept", FLOAT, "||Y - Y*||^2 / ||Y*||^2 of its output on held-out windows, swept codes"),
+        Column("block_error_learned", FLOAT, "the same of learned codes; of the swept where no iterate was better"),
+        Column("key", STR, "shard in the store"),
+    ),
+)
 CHECKPOINTS = Table(
     "checkpoints",
     "Checkpoints that were written, and whether they have the promised size.",
@@ -581,6 +639,38 @@ BACKENDS = Table(
         Column("held", STR, "disk: weights files; memory: all parameters once loaded", nullable=True),
         Column("load_s", FLOAT, "seconds from files, read before, to a model", nullable=True),
         Column("tokens_per_s", FLOAT, "without the head, the first pass not counted; gguf: llama.cpp's", nullable=True),
+        *_estimate("loss_nats_per_token", "mean NLL above the dequantised plan's, paired over windows"),
+        *_estimate("speedup", "how many times as fast as the unquantised model, paired over batches; a time"),
+    ),
+)
+
+POSITION = Table(
+    "position",
+    "What every rule by position does to every model of a study: damage against the unquantised model.",
+    ("model", "rule", "corpus", "metric"),
+    (
+        _MODEL,
+        Column("blocks", INT, "transformer blocks of the model"),
+        Column("rule", STR, "member of strategies/position.py"),
+        Column("corpus", STR, "name of the corpus in the configuration"),
+        Column("metric", STR, "ln_ppl_ratio or kl_nats_per_token"),
+        Column("nbytes", INT, "bytes of all tensors under the rule, scales included"),
+        *_INTERVAL,
+    ),
+)
+CRITERIA = Table(
+    "criteria",
+    "What was claimed of positions, and the verdict on each claim.",
+    ("criterion", "model", "corpus", "metric"),
+    (
+        Column("criterion", STR, "the claim"),
+        Column("model", STR, "name in the model sheet, or `all` of the study"),
+        Column("corpus", STR, "corpus, or empty where the claim is about several models"),
+        Column("metric", STR, "ln_ppl_ratio, kl_nats_per_token (nats a token) or speedup (a ratio, of times)"),
+        *_INTERVAL,
+        Column("comparison", STR, "how the value must stand, e.g. > 0; empty where it was not run"),
+        Column("verdict", STR, "met, not met: the whole interval says so; open: it does not; not run"),
+        Column("why", STR, "what stands behind the value, or why there is none"),
     ),
 )
 
@@ -588,7 +678,7 @@ TABLES = {
     table.name: table
     for table in (
         INVENTORY, TOKENS, ITEMS, READINGS, MOMENTS, SWEEP, SENSITIVITY, EMBEDDINGS, LAW, RESIDUALS, COSTS, PLAN, PLANS,
-        CHECKPOINTS, EXPORTS, COST, EVALUATE, RESPONSES, SAMPLES, OUTCOMES, HUMANEVAL, GATES, GOODHART, PHASE, CONTROLS,
-        SUCCESS, BACKENDS,
+        TUNED, TUNED_OPTIONS, EVOLUTION, CHECKPOINTS, EXPORTS, COST, EVALUATE, RESPONSES, SAMPLES, OUTCOMES, HUMANEVAL,
+        GATES, GOODHART, PHASE, CONTROLS, SUCCESS, BACKENDS, POSITION, CRITERIA,
     )
 }  # fmt: skip

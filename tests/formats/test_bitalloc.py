@@ -23,11 +23,6 @@ EVERY = pytest.mark.parametrize("family", list(FAMILIES))
 IDS = torch.randint(0, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(autouse=True)
-def _threads() -> None:
-    torch.set_num_threads(2)
-
-
 def save(bench: Small, folder: Path, plan: pd.DataFrame | None = None, **extra: object) -> pd.DataFrame:
     plan = bench.plan(OPTIONS) if plan is None else plan
     bitalloc.save(

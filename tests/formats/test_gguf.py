@@ -37,11 +37,6 @@ FAMILY = pytest.mark.parametrize("family", list(gguf.ARCHITECTURES))
 IDS = torch.randint(0, VOCABULARY, (2, 8), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(autouse=True)
-def _threads() -> None:
-    torch.set_num_threads(2)
-
-
 def checkpoint(
     folder: Path, family: str, sweep: Sweep, *, source: Path | None = None, chosen: Sequence[Option] = (), **how: Any
 ) -> bitalloc.Reader:

@@ -28,11 +28,6 @@ SYMMETRIC = EVERY.model_copy(update={"symmetric": True})
 IDS = torch.randint(0, 1024, (2, 12), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(autouse=True)
-def _threads() -> None:
-    torch.set_num_threads(2)
-
-
 def wide(family: str, folder: Path, *, hidden: int = 128) -> Path:
     """A random model whose matrices pack into words, with a tokenizer."""
     shape = {"vocab_size": 1024, "hidden_size": hidden, "num_hidden_layers": 3, "num_attention_heads": 4}

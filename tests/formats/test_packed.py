@@ -33,11 +33,6 @@ INNER = {"gpt2": "n_inner", "opt": "ffn_dim"}
 WEIGHTS = "model.safetensors"
 
 
-@pytest.fixture(autouse=True)
-def _threads() -> None:
-    torch.set_num_threads(2)
-
-
 def made(folder: Path, family: str = "llama", options: list[Option] = OPTIONS, **sweep: object) -> Small:
     """A checkpoint in `folder`/packed of a model whose last matrix has an odd number of inputs."""
     settings = Sweep(quantizers=["rtn"], bits=[2, 3, 4, 8, 16], group_sizes=[16], ranks=[0, 1, 2, 3], **sweep)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .project import Toy, wait_for
+from .project import LIMIT_S, Toy, wait_for
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def after_all_work(toy: Toy, fault: Callable[[], None]) -> int:
     with toy.started() as head:
         wait_for(lambda: at_work(toy), head)
         fault()
-        return head.wait(90)
+        return head.wait(LIMIT_S)
 
 
 def undisturbed(toy: Toy, share: float) -> int:
@@ -43,11 +43,9 @@ def setting(**faults: object) -> Callable[[Toy, float], int]:
     """The stand-in fails from the moment on at which snakemake has said hello, before it has created a job."""
 
     def run(toy: Toy, share: float) -> int:
-        with toy.started() as head:
-            wait_for(lambda: toy.standin.requests, head)
-            toy.standin.set(**faults)
-            status = head.wait(90)
-        toy.standin.spent(*faults)
+        toy.standin.after_hello = faults
+        status = toy.run()
+        assert not (left := toy.standin.left(*faults)), f"not injected: {left}"
         return status
 
     return run
@@ -63,7 +61,7 @@ def refused_at_work(toy: Toy, share: float) -> int:
         toy.standin.refuse = True
         time.sleep(3)
         toy.standin.refuse = False
-        return head.wait(90)
+        return head.wait(LIMIT_S)
 
 
 def refused_from_the_start(toy: Toy, share: float) -> int:
@@ -88,7 +86,7 @@ def interrupted(toy: Toy, share: float, *, again: bool = False) -> int:
         for _ in range(3 if again else 1):
             os.killpg(head.pid, signal.SIGINT)
             time.sleep(0.3)
-        head.wait(60)
+        head.wait(LIMIT_S)
     return _afterwards(toy)
 
 
@@ -104,12 +102,12 @@ def interrupting(**faults: object) -> Callable[[Toy, float], int]:
     """Ctrl-C within two seconds of the first request, while the API fails: around the creations."""
 
     def run(toy: Toy, share: float) -> int:
+        toy.standin.after_hello = faults
         with toy.started() as head:
             wait_for(lambda: toy.standin.requests, head)
-            toy.standin.set(**faults)
             time.sleep(share * 2)
             os.killpg(head.pid, signal.SIGINT)
-            head.wait(60)
+            head.wait(LIMIT_S)
         return _afterwards(toy)
 
     return run
@@ -135,7 +133,7 @@ def terminated(toy: Toy, share: float) -> int:
     with toy.started() as head:
         time.sleep(share * toy.run_s)
         head.terminate()
-        head.wait(60)
+        head.wait(LIMIT_S)
     time.sleep(1)
     toy.leaked = len(toy.standin.running())
     toy.unlock()  # it may have come before snakemake heeds it

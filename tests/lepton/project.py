@@ -36,11 +36,12 @@ SITE = {
         {"name": "gpu.2xa100-80gb", "gpu": 2},
     ],
     "secrets": {"HF_TOKEN": "MY_HF"},
-    "timeout_s": 2,
+    "timeout_s": 5,
     "pause_s": 0.2,
-    "settle_s": 2,
-    "stop_s": 20,
+    "settle_s": 5,  # a creation without an answer takes effect by then: the stand-in's after 1 s
+    "stop_s": 60,
 }
+LIMIT_S = 300.0  # what takes longer hangs; nothing is told by how long it takes
 
 
 class Toy:
@@ -84,7 +85,7 @@ class Toy:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
-    def run(self, *arguments: str, timeout: float = 90) -> int:
+    def run(self, *arguments: str, timeout: float = LIMIT_S) -> int:
         with self.started(*arguments) as process:
             return process.wait(timeout)
 
@@ -101,8 +102,8 @@ class Toy:
         return [n for n in range(self.jobs) if not (self.folder / f"out-{n}").exists()]
 
 
-def wait_for(condition: Callable[[], object], process: subprocess.Popen | None = None, seconds: float = 40) -> None:
-    end = time.monotonic() + seconds
+def wait_for(condition: Callable[[], object], process: subprocess.Popen | None = None) -> None:
+    end = time.monotonic() + LIMIT_S
     while not condition():
         assert time.monotonic() < end, "it did not happen"
         assert process is None or process.poll() is None, "snakemake has ended"

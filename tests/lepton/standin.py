@@ -39,14 +39,28 @@ class Job:
         self.created = time.time()
         self.log = standin.folder / f"{self.id}.log"
         self.process: subprocess.Popen | None = None
+        self.beginning = threading.Lock()  # held from the last look at `state` until there is a process to kill
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
 
     def _run(self) -> None:
         time.sleep(self.standin.queue_s)
-        if self.state != "Queueing":
+        with self.beginning:
+            if self.state != "Queueing":
+                self.state = "Stopped"
+                return
+            self._begin()
+            self.state = "Running"
+        assert self.process
+        code = self.process.wait()
+        self._kill()  # a container does not outlive its first process
+        self.over = time.monotonic()
+        if self.state == "Running":
+            self.state = "Completed" if code == 0 else "Failed"
+        elif self.state == "Stopping":
             self.state = "Stopped"
-            return
+
+    def _begin(self) -> None:
         spec = self.body["spec"]
         command = list(spec["container"]["command"])
         if self.standin.elsewhere:  # a mount that is not the head's
@@ -58,15 +72,6 @@ class Job:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=env, cwd="/", start_new_session=True
             )
-        if self.state == "Queueing":
-            self.state = "Running"
-        code = self.process.wait()
-        self._kill()  # a container does not outlive its first process
-        self.over = time.monotonic()
-        if self.state in ("Running", "Queueing"):
-            self.state = "Completed" if code == 0 else "Failed"
-        elif self.state == "Stopping":
-            self.state = "Stopped"
 
     def processes(self) -> list[int]:
         if self.process is None:
@@ -87,13 +92,16 @@ class Job:
 
     def kill(self, state: str = "Failed") -> None:
         """From outside: a node that dies, a colleague who stops it."""
-        self.state = state
+        with self.beginning:
+            self.state = state
         self._kill()
 
     def stop(self) -> None:
-        if self.state in ("Queueing", "Running"):
+        with self.beginning:
+            if self.state not in ("Queueing", "Running"):
+                return
             self.state = "Stopping"
-            threading.Timer(self.standin.stop_s, self._kill).start()
+        threading.Timer(self.standin.stop_s, self._kill).start()
 
     @property
     def labels(self) -> dict[str, str]:
@@ -111,12 +119,13 @@ class Job:
 
 
 class Standin:
-    """The server. Faults are attributes: set them at any time; counters count down to 0."""
+    """The server. Faults are attributes: set them at any time, or for `after_hello`; counters count down to 0."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.jobs, self.requests = folder, {}, []
         folder.mkdir(parents=True, exist_ok=True)
         self.lock = threading.Lock()
+        self.after_hello: dict[str, Any] = {}  # faults from the first answer on, before snakemake has read it
         self.queue_s, self.stop_s, self.delay_s = 0.05, 0.1, 0.0
         self.storm, self.storm_status = 0, 503  # so many requests meet this
         self.garbled = 0  # so many answers are cut in the middle
@@ -153,10 +162,9 @@ class Standin:
             assert hasattr(self, name)
             setattr(self, name, value)
 
-    def spent(self, *faults: str) -> None:
-        """A fault that did not happen proves nothing: counters have to be at 0."""
-        left = {name: getattr(self, name) for name in COUNTERS.intersection(faults)}
-        assert not any(left.values()), f"not injected: {left}"
+    def left(self, *faults: str) -> dict[str, int]:
+        """Counters that are not at 0: a fault that did not happen proves nothing."""
+        return {name: left for name in sorted(COUNTERS.intersection(faults)) if (left := getattr(self, name))}
 
     def environment(self) -> dict[str, str]:
         return {"LEPTON_WORKSPACE_ID": "standin", "LEPTON_WORKSPACE_TOKEN": TOKEN, "LEPTON_WORKSPACE_URL": self.url}
@@ -222,7 +230,11 @@ class Standin:
         if creation and self._fault("lost"):
             request.close_connection = True
             return None
-        return self._answer(request, status, answer, cut=self._fault("garbled"))
+        cut = self._fault("garbled")
+        with self.lock:
+            faults, self.after_hello = self.after_hello, {}
+        self.set(**faults)
+        return self._answer(request, status, answer, cut=cut)
 
     def create(self, body: dict[str, Any]) -> Job:
         with self.lock:

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from .faults import FAULTS, Outcome, at_work, count, interrupted
-from .project import Toy, wait_for
+from .project import LIMIT_S, Toy, wait_for
 from .standin import TOKEN, Standin
 
 
@@ -34,16 +34,25 @@ def single(tmp_path, standin) -> Toy:
     return Toy(tmp_path / "project", standin, jobs=1)
 
 
+def hold(toy: Toy) -> None:
+    """Jobs work on until `release`, so that what is to happen to them finds them at work."""
+    (toy.folder / "hold").touch()
+
+
+def release(toy: Toy) -> None:
+    (toy.folder / "hold").unlink()
+
+
 def test_a_workspace_that_fails_in_every_way_is_survived_and_no_one_learns_the_token(toy, standin):
+    hold(toy)
+    standin.after_hello = {"storm": 2, "lost": 1, "late": 1}
     with toy.started() as head:
-        wait_for(lambda: standin.requests, head)
-        standin.set(storm=2, lost=1, late=1)
-        wait_for(lambda: at_work(toy), head)
-        standin.spent("storm", "lost", "late")
+        wait_for(lambda: at_work(toy) and not standin.left("storm", "lost", "late"), head)
         standin.set(garbled=1, storm=3)
         next(iter(standin.jobs.values())).kill("Stopped")
-        status = head.wait(60)
-    standin.spent("garbled", "storm")
+        wait_for(lambda: len(standin.jobs) == 3 and not standin.left("garbled", "storm"), head)
+        release(toy)
+        status = head.wait(LIMIT_S)
     assert count(toy, status) == Outcome(status=0, leaked=0, doubles=0, lost=0, created=3)  # one was stopped
     assert "looking whether the job was created" in toy.output()
     assert "the API answers again" in toy.output()
@@ -55,48 +64,50 @@ def test_a_workspace_that_fails_in_every_way_is_survived_and_no_one_learns_the_t
 
 
 def test_ctrl_c_pressed_thrice_in_an_outage_leaves_no_job(single, standin):
+    hold(single)
     with single.started() as head:
         wait_for(lambda: at_work(single), head)
         standin.storm = 3
         for _ in range(3):
             os.killpg(head.pid, signal.SIGINT)
             time.sleep(0.2)
-        assert head.wait(60) != 0
+        assert head.wait(LIMIT_S) != 0
     wait_for(lambda: not standin.running())
     assert standin.states() == ["Stopped"]
 
 
 def test_ctrl_c_while_a_creation_takes_effect_late_leaves_no_job(single, standin):
+    hold(single)
+    standin.late = 1
     with single.started() as head:
-        standin.late = 1
         wait_for(standin.bodies, head)
         os.killpg(head.pid, signal.SIGINT)
-        assert head.wait(60) != 0
+        assert head.wait(LIMIT_S) != 0
     assert len(standin.jobs) == 1  # it did come to life, and was found
     wait_for(lambda: not standin.running())
 
 
 def test_jobs_that_could_not_be_stopped_are_named_and_taken_over_later(single, standin):
-    (single.folder / "hold").touch()
+    hold(single)
     site = yaml.safe_load((single.folder / "site.yaml").read_text())
     (single.folder / "site.yaml").write_text(yaml.safe_dump({**site, "stop_s": 1}))
     with single.started() as head:
         wait_for(lambda: at_work(single), head)
         standin.refuse = True
         os.killpg(head.pid, signal.SIGINT)
-        assert head.wait(60) != 0
+        assert head.wait(LIMIT_S) != 0
     standin.refuse = False
     [line] = [line for line in single.output().splitlines() if "they may still run" in line]
     assert "HTTP 401" in line and all(job in line for job in standin.jobs)
     with single.started() as head:
         wait_for(lambda: "taken over from an earlier run" in single.output(), head)
-        (single.folder / "hold").unlink()
-        status = head.wait(60)
+        release(single)
+        status = head.wait(LIMIT_S)
     assert count(single, status) == Outcome(status=0, leaked=0, doubles=0, lost=0, created=1)
 
 
 def test_killed_and_run_again_it_takes_jobs_over_unless_their_code_has_changed(toy, standin):
-    (toy.folder / "hold").touch()  # jobs work on for as long as it is there
+    hold(toy)
     with toy.started() as head:
         wait_for(lambda: at_work(toy), head)
         head.kill()
@@ -105,9 +116,9 @@ def test_killed_and_run_again_it_takes_jobs_over_unless_their_code_has_changed(t
     (toy.folder / "Snakefile").write_text(text.replace("code=1", "code=lambda wildcards: 1 + int(wildcards.n)"))
     toy.unlock()
     with toy.started() as head:
-        wait_for(lambda: len(standin.jobs) == 3, head)
-        (toy.folder / "hold").unlink()
-        status = head.wait(60)
+        wait_for(lambda: len(standin.jobs) == 3 and "taken over from an earlier run" in toy.output(), head)
+        release(toy)
+        status = head.wait(LIMIT_S)
     assert count(toy, status) == Outcome(status=0, leaked=0, doubles=0, lost=0, created=3)
     said = toy.output()
     assert f"2 jobs of an earlier run of this folder are alive: {', '.join(old)}" in said

@@ -17,7 +17,7 @@ from bitalloc import config
 from bitalloc import evaluate as stage
 from bitalloc.errors import BitallocError
 from bitalloc.store import Ledger, Store
-from bitalloc.suites import Head, Memory, downstream
+from bitalloc.suites import Head, Memory, copies, downstream, prefixes
 from bitalloc.tables import EVALUATE, RESPONSES
 from tests.random_models import CONFIGS, CONTEXT, VOCABULARY, build
 from tests.small import CPU, OPTIONS, small, tokens
@@ -33,7 +33,6 @@ Task = config.Task
 
 @pytest.fixture(autouse=True)
 def _no_data_but_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.set_num_threads(2)
     monkeypatch.delenv("BITALLOC_DATA", raising=False)
     monkeypatch.setattr("lm_eval.models.huggingface.HFLM.max_gen_toks", 8)
 
@@ -142,7 +141,7 @@ def hflm(model: Any, path: Path, batch: int = 4) -> Any:
 @pytest.mark.parametrize("family", CONFIGS)
 def test_every_family_scores_as_lm_eval_does(family: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A shared beginning, four continuations of a context, empty contexts, prompts too long, a batch not filled."""
-    monkeypatch.setattr(downstream, "WORTH", 1)
+    monkeypatch.setattr(prefixes, "WORTH", 1)
     rng, model = random.Random(0), build(family)
 
     def draw(low: int, high: int) -> list[int]:
@@ -163,21 +162,21 @@ def test_every_family_scores_as_lm_eval_does(family: str, path: Path, monkeypatc
 
 def test_what_prompts_share_is_computed_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, shots, read = build("llama"), list(range(2, 42)), []
-    extend = downstream._extend
+    extend = prefixes._extend
     monkeypatch.setattr(
-        downstream, "_extend", lambda m, c, s, **k: (read.append(sum(map(len, s))), extend(m, c, s, **k))[1]
+        prefixes, "_extend", lambda m, c, s, **k: (read.append(sum(map(len, s))), extend(m, c, s, **k))[1]
     )
-    monkeypatch.setattr(downstream, "WORTH", 40)
+    monkeypatch.setattr(prefixes, "WORTH", 40)
     pairs = [([*shots, item], [choice]) for item in range(50, 58) for choice in (90, 91, 92, 93)]
-    downstream.loglikelihoods(model, Head(model), pairs, longest=CONTEXT, rows=4)
+    prefixes.loglikelihoods(model, Head(model), pairs, longest=CONTEXT, rows=4)
     assert read == [40, 4, 4]  # the examples once, then one token of each of eight items
     read.clear()
     pairs = [([*range(item, item + 33)], [choice, choice]) for item in (2, 40) for choice in (90, 91, 92)]
-    downstream.loglikelihoods(model, Head(model), pairs, longest=CONTEXT, rows=6)
+    prefixes.loglikelihoods(model, Head(model), pairs, longest=CONTEXT, rows=6)
     assert read == [2 * 32, 6 * 2]  # contexts without their last token, then that and half of each continuation
     read.clear()
-    monkeypatch.setattr(downstream, "WORTH", 65)
-    downstream.loglikelihoods(model, Head(model), pairs[:3], longest=CONTEXT, rows=6)
+    monkeypatch.setattr(prefixes, "WORTH", 65)
+    prefixes.loglikelihoods(model, Head(model), pairs[:3], longest=CONTEXT, rows=6)
     assert read == [3 * 34]  # a pass of its own would save too little
 
 
@@ -218,9 +217,7 @@ def test_local_forms_give_the_requests_of_lm_evals_own_task(
         hub["training_split"] = None  # lm-eval reads it although prompts have no examples
     kwargs = {"dataset_kwargs": {"data_files": files, "cache_dir": str(tmp_path)}}
     with downstream._quiet():
-        manager = TaskManager(
-            include_path=str(LM_EVAL / downstream.FOLDERS[downstream._kind(name)]), include_defaults=False
-        )
+        manager = TaskManager(include_path=str(LM_EVAL / downstream.FOLDERS[copies.kind(name)]), include_defaults=False)
         (task,) = manager.load({"group": "g", "task": [{"task": name, **hub, **kwargs}]})["tasks"].values()
         task.set_fewshot_seed(1234)
         task.build_all_requests()
@@ -266,12 +263,12 @@ def test_metrics_are_those_of_simple_evaluate(
 
 
 def test_rows_of_the_hub_are_read_from_parquet_too(forms: Path, tmp_path: Path) -> None:
-    rows = downstream.read("arc_easy", forms / "arc_easy")["test"]
+    rows = copies.read("arc_easy", forms / "arc_easy")["test"]
     pd.DataFrame(rows).to_parquet(tmp_path / "test-00000-of-00001.parquet")
-    assert downstream.read("arc_easy", tmp_path)["test"] == rows
+    assert copies.read("arc_easy", tmp_path)["test"] == rows
     (tmp_path / "test-00000-of-00001.parquet").write_bytes(b"PAR1")
     with pytest.raises(BitallocError, match=r"cannot read .*parquet"):
-        downstream.read("arc_easy", tmp_path)
+        copies.read("arc_easy", tmp_path)
 
 
 def test_subjects_make_up_mmlu_and_its_error_is_lm_evals(model: Any, path: Path, tmp_path: Path) -> None:
@@ -522,7 +519,7 @@ def test_real_copies_are_read_whole() -> None:
     folder = Path(DATA or "")
     counts = {"hellaswag": 10_042, "piqa": 1_838, "gsm8k": 1_319, "mmlu_anatomy": 135}
     for name, count in counts.items():
-        splits = downstream.read(name, folder / name.removesuffix("_anatomy"))
+        splits = copies.read(name, folder / name.removesuffix("_anatomy"))
         assert len(splits.get("test") or splits["validation"]) == count
-    rows = downstream.read("hellaswag", folder / "hellaswag")["validation"]
+    rows = copies.read("hellaswag", folder / "hellaswag")["validation"]
     assert sum(bool(row["ctx_b"]) for row in rows) == 3_243  # captions of two sentences; the rest are how-tos

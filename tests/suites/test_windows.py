@@ -21,11 +21,6 @@ EVERY = pytest.mark.parametrize("family", list(FAMILIES))
 NO_ITEMS = pd.DataFrame(columns=["task", "item", "group", "prompt", "choices", "answer", "chance"])
 
 
-@pytest.fixture(autouse=True)
-def _threads() -> None:
-    torch.set_num_threads(2)
-
-
 def frame(windows: int = 3, length: int = 20, seed: int = 0) -> pd.DataFrame:
     rng = np.random.default_rng(seed)
     rows = [

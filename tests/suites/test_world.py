@@ -20,11 +20,6 @@ CPU = torch.device("cpu")
 TINY = Path(__file__).parents[2] / "resources" / "tiny"
 
 
-@pytest.fixture(autouse=True)
-def _threads() -> None:
-    torch.set_num_threads(2)
-
-
 @pytest.fixture(scope="module")
 def tiny_items() -> pd.DataFrame:
     count = {"facts": 40, "sums": 20, "keys": 20, "passkey": 10}

@@ -15,51 +15,77 @@ import pytest
 from bitalloc.store import Store
 
 from ..permissions import bound
-from .conftest import Project
+from .conftest import LIMIT_S, Project
 
 pytestmark = pytest.mark.workflow
 
 UNIT = "results/tiny/sweep/block-000.parquet"
+# Python reads a file of this name first: a script waits after its first shard while there is a file `hold`
+SITECUSTOMIZE = """
+import time
+from pathlib import Path
+
+hold = Path("hold").absolute()
+if hold.exists():
+    from bitalloc.store import Store
+
+    put = Store.put
+
+    def put_and_wait(*args):
+        put(*args)
+        while hold.exists():
+            time.sleep(0.01)
+
+    Store.put = put_and_wait
+"""
 
 
 @pytest.fixture
-def unfinished(project) -> Iterator[Project]:
-    """One unit of the sweep is to be made: its table is missing, and the shards of two matrices."""
+def unfinished(project, tmp_path, monkeypatch) -> Iterator[Project]:
+    """One unit of the sweep is to be made: its table is missing, and the shards of two matrices. Its script waits
+    after the first of these for as long as there is a file `hold`.
+    """
     rows = pd.read_parquet(project.folder / UNIT)
     store = Store(project.folder / "results/store")
     for key in rows.loc[rows["layer"].str.contains("q_proj|o_proj"), "key"]:
         store.path(key).unlink()
     (project.folder / UNIT).unlink()
+    (tmp_path / "sitecustomize.py").write_text(SITECUSTOMIZE)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")])))
+    (project.folder / "hold").touch()
     start, started = project.start, []
     project.start = lambda *arguments: started.append(start(*arguments)) or started[-1]
     yield project
-    for run in started:  # what a failed test leaves, suspended or waiting
+    for run in started:  # what a failed test leaves waiting
         with contextlib.suppress(ProcessLookupError):
             os.killpg(run.pid, signal.SIGKILL)
 
 
 def at_work(project: Project) -> tuple[subprocess.Popen, psutil.Process]:
-    """Snakemake and its script, which has just stored a shard and stands still."""
+    """Snakemake and its script, which has stored a shard and waits."""
     store, run = project.folder / "results/store", project.start(UNIT)
     before = len(list(store.glob("??/*.json")))
     while len(list(store.glob("??/*.json"))) == before:
         assert run.poll() is None, run.communicate()[0]
-        time.sleep(0.005)
+        time.sleep(0.05)
     below = psutil.Process(run.pid).children(recursive=True)
     [script] = [process for process in below if any(".sweep.py" in word for word in process.cmdline()[1:2])]
-    script.suspend()
     return run, script
+
+
+def release(project: Project) -> None:
+    (project.folder / "hold").unlink()
 
 
 def test_a_script_or_snakemake_killed_alone_and_run_again_end_as_if_undisturbed(finished, unfinished):
     run, script = at_work(unfinished)
     script.kill()
-    output, _ = run.communicate(timeout=120)
+    output, _ = run.communicate(timeout=LIMIT_S)
     assert run.returncode == 1
     assert "died with <Signals.SIGKILL: 9>" in output
     assert not (unfinished.folder / UNIT).exists()
 
-    run, orphan = at_work(unfinished)
+    run, _ = at_work(unfinished)
     run.kill()  # and what it has started goes on
     assert unfinished.run("--unlock")[0] == 0
     again = unfinished.start(UNIT)
@@ -67,13 +93,22 @@ def test_a_script_or_snakemake_killed_alone_and_run_again_end_as_if_undisturbed(
     while "another process computes model.layers.0" not in said:
         said += (line := again.stdout.readline())
         assert line, said
-    orphan.resume()
-    output, _ = again.communicate(timeout=120)
+    release(unfinished)
+    output, _ = again.communicate(timeout=LIMIT_S)
     assert again.returncode == 0, output
-    run.communicate(timeout=120)  # until the orphan has ended too
+    run.communicate()  # until the orphan has ended too
     ours, theirs = (pd.read_parquet(project.folder / UNIT) for project in (unfinished, finished))
     pd.testing.assert_frame_equal(ours.drop(columns="wall_s"), theirs.drop(columns="wall_s"))
     assert not list(unfinished.folder.rglob("*.tmp"))
+
+
+def test_two_runs_at_once_do_not_meet(unfinished):
+    first, _ = at_work(unfinished)
+    status, output = unfinished.run(UNIT)
+    assert status != 0 and "lock" in output.lower()
+    release(unfinished)
+    rest, _ = first.communicate(timeout=LIMIT_S)
+    assert first.returncode == 0, rest
 
 
 def test_tables_of_tomorrow_are_refused(project):

@@ -8,6 +8,8 @@ import pytest
 from bitalloc import tables
 from tests.test_sandbox import contained
 
+from .conftest import Project
+
 pytestmark = pytest.mark.workflow
 
 PROBLEM = {
@@ -17,28 +19,36 @@ PROBLEM = {
 }
 
 
-@pytest.fixture
-def humaneval(tmp_path) -> dict:
-    source = tmp_path / "problems.jsonl.gz"
+@pytest.fixture(scope="module")
+def humaneval(tmp_path_factory) -> dict:
+    source = tmp_path_factory.mktemp("humaneval") / "problems.jsonl.gz"
     rows = [json.dumps({"task_id": f"Test/{n}", **PROBLEM}) for n in range(3)]
     source.write_bytes(gzip.compress("\n".join(rows).encode()))
     return {"sources": [str(source)], "max_new_tokens": 4}
 
 
-def test_samples_are_written_and_not_executed(project, humaneval):
+@pytest.fixture(scope="module")
+def written(finished, humaneval, tmp_path_factory) -> Project:
+    """What the unquantised model writes; nobody has asked for its execution."""
+    project = finished.copy(tmp_path_factory.mktemp("written") / "project")
     project.configure(humaneval=humaneval)
     status, output = project.run("results/tiny/humaneval/reference.samples.parquet")
     assert status == 0, output
-    folder = project.folder / "results/tiny/humaneval"
+    return project
+
+
+def test_samples_are_written_and_not_executed(written):
+    folder = written.folder / "results/tiny/humaneval"
     assert len(tables.SAMPLES.read(folder / "reference.samples.parquet")) == 3
-    status, output = project.run("results/tiny/humaneval/reference.parquet")
+    status, output = written.run("results/tiny/humaneval/reference.parquet")
     assert status != 0
     assert any("humaneval.execute is off" in line and "execute: true" in line for line in output.splitlines())
     assert [path.name for path in folder.iterdir()] == ["reference.samples.parquet"]
 
 
 @contained
-def test_every_checkpoint_and_the_reference_are_scored(project, humaneval):
+def test_every_checkpoint_and_the_reference_are_scored(written, humaneval, tmp_path):
+    project = written.copy(tmp_path / "project")
     project.configure(humaneval={**humaneval, "execute": True})
     status, output = project.run("results/tiny/humaneval.parquet")
     assert status == 0, output

@@ -8,6 +8,7 @@ rule allocate:
         inventory="results/{model}/inventory.parquet",
         embeddings=embeddings,
         leaked=leaked("sensitivity.parquet"),
+        files=lambda wildcards: own_plans(wildcards.model),
         verdicts=["results/{model}/gates/sweep.json", "results/{model}/gates/fit.json"],
     output:
         plans="results/{model}/candidates.parquet",
@@ -65,6 +66,7 @@ rule allocate_best:
     conda:
         "../../envs/bitalloc.yaml"
     params:
+        settings=section("compress"),
         code=code("allocate"),
     script:
         "../../scripts/allocate_best.py"

@@ -14,7 +14,7 @@ from snakemake_interface_executor_plugins.settings import ExecMode
 
 from bitalloc import config as configuration
 from bitalloc import provenance
-from bitalloc.allocate import budget_slug
+from bitalloc.allocate import budget_slug, tuned_from
 from bitalloc.errors import BitallocError, nearest
 from bitalloc.execute import REFERENCE, permit
 from bitalloc.families import family
@@ -100,6 +100,7 @@ localrules:
     stop_sign,
     sweep_assemble,
     allocate_best,
+    tune_merge,
     compress_merge,
     evaluate_merge,
     humaneval_merge,
@@ -127,10 +128,35 @@ def settings(model):
     return CONFIG.for_model(model)
 
 
-# a mistyped model on the command line is refused before the DAG is built, in one line
+@functools.cache
+def studies():
+    """Every study of config/studies, by its name."""
+    return {path.stem: configuration.read_study(path, CONFIG) for path in sorted(Path("config/studies").glob("*.yaml"))}
+
+
+@checked
+def named_study(name):
+    """A study; raises for an unknown one."""
+    if name not in studies():
+        raise BitallocError(f"unknown study {name!r}: {nearest(name, studies())}")
+    return studies()[name]
+
+
+@checked
+def own_plans(model):
+    """Precision maps of the user's own; raises for one that does not exist."""
+    for file in (files := settings(model).allocate.plans):
+        if not os.path.exists(file):
+            raise BitallocError(
+                f"allocate.plans: {file} does not exist; give a .json or .yaml file with a precision map"
+            )
+    return files
+
+
+# a mistyped name on the command line, or in what it asks for, is refused before the DAG is built, in one line
 for target in map(Path, sys.argv[1:]):
-    if target.parts[:1] == ("results",) and len(target.parts) > 2:
-        settings(target.parts[1])
+    if target.parts[:1] == ("results",) and len(target.parts) > 2 and target.parts[1] != "trained":
+        (named_study(target.parts[2]) if target.parts[1] == "studies" else own_plans(target.parts[1]))
 
 
 def section(*names):
@@ -141,6 +167,12 @@ def section(*names):
 def sheet(wildcards):
     """Parameter function: the model's row of the model sheet, without its settings."""
     return checked(CONFIG.model)(wildcards.model).model_dump(exclude={"settings"})
+
+
+def trained(wildcards):
+    """Input function: the weights of a model that the workflow trains itself."""
+    path = sheet(wildcards)["path"] or ""
+    return f"{path}/model.safetensors" if path.startswith(("resources/", "results/trained/")) else []
 
 
 def base(wildcards):
@@ -204,6 +236,25 @@ def compressed_plans(wildcards):
     return [f"{strategy}-{budget_slug(budget)}" for strategy in compress.plans for budget in allocation.budgets]
 
 
+def tuned(wildcards):
+    """Input function: what was learned, of a plan that is tuned."""
+    strategies = [name for name in settings(wildcards.model).compress.plans if tuned_from(name)]
+    if any(wildcards.plan.startswith(f"{name}-") for name in strategies):
+        return f"results/{wildcards.model}/tune/{wildcards.plan}.parquet"
+    return []
+
+
+@checked
+def tuned_parts(wildcards):
+    """Tables of the plans whose codes are learned."""
+    allocation, compress = settings(wildcards.model).allocate, settings(wildcards.model).compress
+    strategies = [name for name in compress.plans if tuned_from(name)]
+    if not strategies:
+        raise BitallocError(f"{wildcards.model} tunes no plan; add `tuned` to compress.plans")
+    names = [f"{strategy}-{budget_slug(budget)}" for strategy in strategies for budget in allocation.budgets]
+    return expand("results/{model}/tune/{plan}.parquet", model=wildcards.model, plan=names)
+
+
 def embeddings(wildcards):
     """Input function: what embedding and head cost, where the sweep offers them fewer than 16 bits."""
     offered = settings(wildcards.model).sweep.embedding_bits
@@ -236,7 +287,8 @@ def backends_parts(wildcards):
     """Tables of every plan in every backend that the configuration names."""
     asked, allocation = settings(wildcards.model).backends, settings(wildcards.model).allocate
     slugs = [budget_slug(budget) for budget in allocation.budgets]
-    plans = [f"{strategy}-{slug}" for strategy in ("best", *allocation.strategies) for slug in slugs]
+    named = dict.fromkeys(["best", *allocation.strategies, *settings(wildcards.model).compress.plans])
+    plans = [f"{strategy}-{slug}" for strategy in named for slug in slugs]
     for what, given, known in (("plan", asked.plans, plans), ("backend", asked.names, type(asked)().names)):
         for name in given:
             if name not in known:
@@ -280,6 +332,43 @@ def routed(gate, pattern):
 def passed(gate):
     """Input function: the verdict itself, once it says GO."""
     return gated(gate, lambda wildcards: f"results/{wildcards.model}/gates/{gate}.json")
+
+
+# ---- studies
+def study(wildcards):
+    """Parameter function: one study."""
+    return named_study(wildcards.study)
+
+
+def study_section(*names):
+    """Parameter function: the named sections of a model's configuration in a study, as plain values."""
+
+    @checked
+    def chosen(wildcards):
+        whole = CONFIG.for_study(wildcards.model, study(wildcards)).model_dump(mode="json")
+        return {name: whole[name] for name in names}
+
+    return chosen
+
+
+@checked
+def study_run(wildcards):
+    """Models of a study that are not left out."""
+    named = study(wildcards).models
+    if not (found := [model for model in named if model not in CONFIG.skip]):
+        raise BitallocError(f"no model of the study {wildcards.study} is left: {CONFIG.skip[named[0]]}")
+    return found
+
+
+def study_models(pattern):
+    """Input function: the pattern for every model of a study."""
+    return lambda wildcards: expand(pattern, study=wildcards.study, model=study_run(wildcards))
+
+
+def study_runs(wildcards):
+    """Parameter function: rules that are run in packed INT8 codes."""
+    chosen = study(wildcards)
+    return [rule for rule in ("all_low", "champion") if rule in chosen.rules and chosen.low == "int8"]
 
 
 # ---- HumanEval

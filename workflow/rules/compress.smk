@@ -10,6 +10,7 @@ rule compress:
         embeddings=embeddings,
         plans="results/{model}/plans.parquet",
         folder="results/{model}/plans",
+        tuned=tuned,
     output:
         folder=directory("results/{model}/models/{plan}"),
         table="results/{model}/models/{plan}.parquet",
@@ -22,7 +23,7 @@ rule compress:
         gpu=gpu,
     params:
         settings=section("sweep", "store", "device"),
-        code=code("compress"),
+        code=code("compress", "tune"),
     script:
         "../../scripts/compress.py"
 

@@ -3,7 +3,7 @@
 
 rule retrieve_model:
     input:
-        lambda wildcards: "resources/tiny/model.safetensors" if wildcards.model == "tiny" else [],
+        trained,
     output:
         checkpoint="results/{model}/checkpoint.json",
         inventory="results/{model}/inventory.parquet",

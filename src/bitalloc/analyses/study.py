@@ -28,12 +28,12 @@ from bitalloc.statistics import (
     units_drawn,
 )
 from bitalloc.statistics.intervals import PSEUDO_ITEMS
-from bitalloc.tables import GOODHART
+from bitalloc.tables import FREE, GOODHART
 
 NLL, KL, ACC, TOP1 = "nll_nats_per_token", "kl_nats_per_token", "acc", "top1"
 REFERENCE, RERUN = "reference", "reference-rerun"
 UNIFORM, BEST, POOL, COMPONENT, LEAKED = "uniform", "best", "random", "component", "leaked"
-APART = (COMPONENT, LEAKED)  # they serve one analysis each
+APART = (COMPONENT, LEAKED, *FREE)  # they serve one analysis each, or none
 ALL = "all"
 MIN_PLANS = 8  # fewer cannot place a rank correlation anywhere
 SATURATED = 0.01  # accuracy within which all plans equal the reference
@@ -127,7 +127,7 @@ class Study:
         if self.plans.empty:
             raise BitallocError("no plan has responses in every suite: run evaluate before analyze")
         inside = self.plans[~self.plans["strategy"].isin(APART)]
-        # the winner is a copy of another plan, and a plan under two names would count twice
+        # the winner is a copy of another plan, a tuned one has its map: of equal maps one counts
         distinct = inside.drop_duplicates(["budget", "nbytes", "objective"])
         self.strata = {str(budget): part["plan"].tolist() for budget, part in distinct.groupby("budget", sort=False)}
         self.named = inside[inside["strategy"] != POOL]
@@ -135,7 +135,8 @@ class Study:
         self._status: dict[tuple[str, str], str] = {}
         pooled = [name for names in self.strata.values() for name in names]
         self.pooled = {name: self.sample(name, pooled) for name in self.sets}
-        objective = self.plans.drop_duplicates("plan").set_index("plan")["objective"]
+        told = self.plans[~self.plans["strategy"].isin(FREE)].drop_duplicates("plan")  # of the others it is unknown
+        objective = told.set_index("plan")["objective"]
         self.proxies = {name: Proxy((self.pooled[name],)) for name in self.sets if name.startswith("nll:")}
         if kl:
             self.proxies["kl"] = Proxy(tuple(self.pooled[name] for name in kl))

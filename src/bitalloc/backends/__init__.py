@@ -6,6 +6,7 @@ that lacks its library, before anything is loaded. All are scored by the suites 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -24,7 +25,7 @@ from bitalloc.backends.simulated import dequantised, native, reference
 from bitalloc.backends.torchao import torchao, torchao_int8
 from bitalloc.errors import BitallocError, nearest
 from bitalloc.suites import SUITES, Head, Scored, Windows, intervals
-from bitalloc.suites.scoring import CHUNK
+from bitalloc.suites.scoring import CHUNK, hidden
 from bitalloc.tables import BACKENDS as TABLE
 
 BACKENDS: dict[str, Callable[[Subject], Runnable]] = {
@@ -39,7 +40,7 @@ BACKENDS: dict[str, Callable[[Subject], Runnable]] = {
     "bitsandbytes": bitsandbytes,
     "bitsandbytes_int8": bitsandbytes_int8,
 }
-MEASURED = "measured"
+MEASURED, LOSS = "measured", "loss_nats_per_token"
 METRICS = {"nll_nats_per_token": "perplexity", "kl_nats_per_token": "divergence", "top1": "divergence"}
 
 
@@ -51,9 +52,11 @@ def measure(
     tokens: pd.DataFrame,
     settings: config.Evaluate,
     seed: int = 0,
+    speed: bool = False,
 ) -> pd.DataFrame:
     """Rows of BACKENDS, one a report corpus: what the backend `name` makes of the plan, or why it does not run.
 
+    `speed`: time it in turns with the unquantised model, which then are in memory at once, for `speedup`.
     Raises `BitallocError` for a name that is unknown and for scores that cannot be had.
     """
     if name not in BACKENDS:
@@ -81,7 +84,7 @@ def measure(
     own_head = Head(model)  # its probe is the first forward pass, in which some libraries unpack
     start = time.perf_counter()
     own = _hidden(windows, model)
-    speed = sum(batch.tokens_BT.numel() for batch in windows.batches) / (time.perf_counter() - start)
+    rate = sum(batch.tokens_BT.numel() for batch in windows.batches) / (time.perf_counter() - start)
 
     shared = {
         "plan": plan,
@@ -91,12 +94,30 @@ def measure(
         "nbytes": memory(model) if nbytes is None else nbytes,
         "held": "memory" if nbytes is None else "disk",
         "load_s": load_s,
-        "tokens_per_s": runnable.speed(windows) if runnable.speed else speed,
+        "tokens_per_s": runnable.speed(windows) if runnable.speed else rate,
     }
-    scored = Scored(
-        model, own_head, windows, pd.DataFrame(), windows.parted(expected), windows.parted(own), reference_head=head
-    )
-    return _frame([shared | found for found in _scores(scored, resamples=settings.resamples, seed=seed)])
+    if speed:
+        shared |= _speedup(windows, reference(subject).load(), model, resamples=settings.resamples, seed=seed)
+    given = (windows, pd.DataFrame(), windows.parted(expected))
+    scored = Scored(model, own_head, *given, windows.parted(own), reference_head=head)
+    beside = Scored(None, simulated_head, *given, windows.parted(simulated), reference_head=head)
+    found = _scores(scored, beside, resamples=settings.resamples, seed=seed)
+    return _frame([shared | row for row in found])
+
+
+@torch.inference_mode()
+def _speedup(windows: Windows, before: Any, model: Any, *, resamples: int, seed: int) -> dict[str, float]:
+    """exp of the mean of ln(t / t'), over batches read in turns by the unquantised model (t) and this one (t')."""
+    ratio = []
+    for batch in windows.batches:
+        wall_s = []
+        for each in (before, model, before, model):
+            start = time.perf_counter()
+            hidden(each, batch).cpu()
+            wall_s.append(time.perf_counter() - start)
+        ratio.append(math.log(min(wall_s[::2]) / min(wall_s[1::2])))
+    at = intervals.mean(ratio, [1] * len(ratio), [0] * len(ratio), resamples=resamples, seed=seed)
+    return {"speedup": math.exp(at.value), "speedup_lo": math.exp(at.lo), "speedup_hi": math.exp(at.hi)}
 
 
 def _hidden(windows: Windows, model: Any) -> list[torch.Tensor]:
@@ -104,12 +125,16 @@ def _hidden(windows: Windows, model: Any) -> list[torch.Tensor]:
     return [h_ND.cpu() for h_ND in windows.hidden(model)]
 
 
-def _scores(scored: Scored, *, resamples: int, seed: int) -> Iterator[dict[str, Any]]:
-    """For each corpus ppl = exp(mean nll), KL and top-1 agreement with the ends of their intervals."""
+def _scores(scored: Scored, beside: Scored, *, resamples: int, seed: int) -> Iterator[dict[str, Any]]:
+    """For each corpus ppl = exp(mean nll), KL, top-1 agreement and what is lost against `beside`, with intervals."""
     rows = pd.concat([SUITES[suite](scored)[0] for suite in dict.fromkeys(METRICS.values())])
+    nll = "nll_nats_per_token"
+    own, simulated = (frame[frame["metric"] == nll] for frame in (rows, SUITES["perplexity"](beside)[0]))
+    lost = own["value"].to_numpy() - simulated["value"].to_numpy()
+    rows = pd.concat([rows, own.assign(metric=LOSS, value=lost)])
     if not np.isfinite(rows["value"]).all():
         raise BitallocError("the scores are NaN or Inf; leave this backend out of backends.names")
-    for task, part in rows[rows["metric"].isin(METRICS)].groupby("task", sort=False):
+    for task, part in rows[rows["metric"].isin([*METRICS, LOSS])].groupby("task", sort=False):
         found: dict[str, Any] = {"task": task}
         for metric, of in part.groupby("metric"):
             at = intervals.mean(of["value"], of["weight"], of["group"], resamples=resamples, seed=seed)

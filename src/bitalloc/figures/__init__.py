@@ -2,10 +2,26 @@
 
 from bitalloc.figures.backends import backends
 from bitalloc.figures.domains import domains
+from bitalloc.figures.evolution import evolution
 from bitalloc.figures.goodhart import goodhart
 from bitalloc.figures.law import law
 from bitalloc.figures.phase import phase
+from bitalloc.figures.position import position
 from bitalloc.figures.sensitivity import errors, plan, sensitivity
 from bitalloc.figures.style import stamp
+from bitalloc.figures.tune import tune
 
-__all__ = ["backends", "domains", "errors", "goodhart", "law", "phase", "plan", "sensitivity", "stamp"]
+__all__ = [
+    "backends",
+    "domains",
+    "errors",
+    "evolution",
+    "goodhart",
+    "law",
+    "phase",
+    "plan",
+    "position",
+    "sensitivity",
+    "stamp",
+    "tune",
+]

@@ -57,8 +57,9 @@ MARKS = {
     "manual": Mark("D", "#009e73", "manual"),
     "greedy": Mark("P", "#56b4e9", "greedy"),
     "best": Mark("o", INK, "best"),
+    "tuned": Mark("*", INK, "tuned"),
 }
-SPARE = ("X", "<", ">", "p", "h", "d", "*")
+SPARE = ("X", "<", ">", "p", "h", "d")
 
 
 def mark(strategy: str) -> Mark:

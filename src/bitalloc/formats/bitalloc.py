@@ -67,7 +67,10 @@ def save(
         "family": source.family.name,
         "source": source_identity(inventory),
         "options": {"factor_bits": sweep.factor_bits, "symmetric": sweep.symmetric},
-        "plan": plan.join(shape, on="layer").to_dict("records"),
+        "plan": [
+            {name: None if pd.isna(value) else value for name, value in row.items()}
+            for row in plan.join(shape, on="layer").to_dict("records")
+        ],
         "extra": dict(extra),
     }
     if folder.exists():
@@ -122,7 +125,7 @@ def load(
     if inventory is not None and reader.manifest["source"] != source_identity(inventory):
         raise BitallocError(f"{folder} was compressed from another model; delete it and rerun, it is made again")
     plan = pd.DataFrame(list(reader.plan.values()))[[column.name for column in PLAN.columns]]
-    return plan, reader.matrix
+    return plan.astype({"cost_nats_per_token": float}), reader.matrix
 
 
 def load_model(folder: Path, *, device: torch.device) -> Any:

@@ -179,6 +179,8 @@ class PackedQuantizer(HfQuantizer):
             half = found[f"{layer}.weight"].dtype if f"{layer}.weight" in found else "F16"
             stored = matrix_tensors(layer, rows, columns, option, "BF16" if half == "BF16" else "F16")
             promised |= {tensor.name: tensor for tensor in stored}
+            if isinstance(module, nn.Embedding) and type(module) is not nn.Embedding:
+                raise BitallocError(f"{layer} is a {type(module).__name__}, which cannot be packed; keep it at 16 bits")
             if isinstance(module, nn.Embedding):
                 table = PackedEmbedding(option, rows, columns, stored, module.weight.dtype)
                 model.set_submodule(layer, table)

@@ -24,6 +24,7 @@ from bitalloc.statistics.samples import ACCURACIES, MIN_CLUSTERS, Scores, accura
 from bitalloc.statistics.selection import (
     best_of,
     cross_fitted_regret,
+    hypervolume,
     naive_regret,
     overoptimisation_rows,
     pressure,
@@ -43,6 +44,7 @@ __all__ = [
     "equivalence_p",
     "fisher_interval",
     "holm",
+    "hypervolume",
     "jackknife",
     "kendall",
     "mcnemar_p",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.stats import rankdata
 
 
 def spearman(x_RP: np.ndarray, y_RP: np.ndarray) -> np.ndarray:
@@ -19,6 +18,8 @@ def spearman(x_RP: np.ndarray, y_RP: np.ndarray) -> np.ndarray:
 
 def unit_ranks(x_RP: np.ndarray) -> np.ndarray:
     """Average ranks of each row, centred and of length 1, so that a product of two rows is Spearman's rho."""
+    from scipy.stats import rankdata  # a second to import, and every start of snakemake imports this module
+
     rank_RP = rankdata(x_RP, axis=1) - (x_RP.shape[1] + 1) / 2
     length_R1 = np.sqrt((rank_RP**2).sum(1, keepdims=True))
     return np.divide(rank_RP, length_R1, out=np.full(rank_RP.shape, np.nan), where=length_R1 > 0)

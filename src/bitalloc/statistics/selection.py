@@ -120,3 +120,19 @@ def overoptimisation_fit(plans: int) -> np.ndarray:
     n = np.arange(2, plans + 1)
     d, root_N = pressure(n), np.sqrt(1 / n)
     return np.linalg.pinv(np.stack([d, -(d**2)], axis=1) * root_N[:, None]) * root_N
+
+
+def hypervolume(points_P2: np.ndarray, corner: tuple[float, float]) -> float:
+    """Area that points, both coordinates to be minimised, dominate up to a corner: union of their rectangles.
+
+    E. Zitzler and L. Thiele, IEEE Transactions on Evolutionary Computation 3 (1999). Points beyond it add nothing.
+
+    >>> hypervolume(np.array([[1.0, 2.0], [2.0, 1.0], [2.5, 2.5]]), (3.0, 3.0))  # 2 x 1 + 1 x 2 - 1 x 1
+    3.0
+    """
+    area, height = 0.0, corner[1]
+    for x, y in sorted(map(tuple, points_P2)):
+        if x < corner[0] and y < height:
+            area += (corner[0] - x) * (height - y)
+            height = y
+    return float(area)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from bitalloc.errors import BitallocError, nearest
-from bitalloc.strategies import greedy, manual, optimal, random, uniform
+from bitalloc.strategies import evolve, greedy, manual, optimal, random, uniform
 from bitalloc.strategies.apart import around
 from bitalloc.strategies.instance import Choice, Instance
 
@@ -26,6 +26,7 @@ STRATEGIES: dict[str, Strategy] = {
     "rank_only": around(optimal.rank_only),
     "manual": around(manual.manual),
     "greedy": greedy.greedy,
+    "evolve": evolve.evolve,
     "random": random.random,
 }
 

@@ -1,26 +1,19 @@
 """Tasks of lm-eval: its prompts, targets and metrics; its data sets or local copies of them.
 
 Prompts are rendered and answers are judged by lm-eval from its own task definitions. Ours is the scoring between the
-two: what prompts have in common (the examples of a subject, the context of four endings) is computed once, and every
-finished batch of items is a shard. lm-eval is an optional extra, imported where it is used.
-
-Legend: B sequences of a batch, T tokens, N scored positions. A pair is the tokens of a context and a continuation.
+two (`suites.prefixes`), and every finished batch of items is a shard. lm-eval is an optional extra, imported where it
+is used.
 """
 
 from __future__ import annotations
 
-import bz2
-import copy
-import csv
 import functools
 import hashlib
 import io
 import itertools
-import json
 import logging
 import math
 import os
-import re
 import sys
 import time
 from collections import defaultdict
@@ -31,11 +24,7 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
-import torch
 
 from bitalloc import config
 from bitalloc.cost import Work
@@ -43,7 +32,9 @@ from bitalloc.errors import BitallocError, nearest
 from bitalloc.progress import Progress
 from bitalloc.provenance import source_digest
 from bitalloc.store import JSON, digest
-from bitalloc.suites.scoring import Batch, Head, Memory, Reading, Responses, Scored, compare, total
+from bitalloc.suites.copies import Rows, kind, local, read
+from bitalloc.suites.prefixes import SHARED, loglikelihoods
+from bitalloc.suites.scoring import Head, Memory, Responses, Scored
 from bitalloc.suites.subsets import order
 
 FEWSHOT = {"mmlu": 5}  # examples that are customary where lm-eval's definition has none
@@ -60,13 +51,7 @@ FOLDERS = {
 }
 SHARD = 64  # items whose answers are kept at once
 SAMPLED = 16  # items of a task whose tokens are counted, for the estimate
-SHARED = 16  # tokens that prompts must have in common before these are computed apart
-WORTH = 128  # tokens that a pass over what prompts have in common must save
-SLACK = 8  # tokens that a stem may be computed again for each continuation, so that stems of other lengths join a batch
 SEED = 1234  # lm-eval's own, of the examples in a prompt
-
-Pair = tuple[list[int], list[int]]
-Rows = list[dict[str, Any]]
 
 
 def responses(scored: Scored) -> Responses:
@@ -85,130 +70,6 @@ def version() -> str:
     return f"lm-eval {metadata.version('lm_eval')}"
 
 
-# ---- data --------------------------------------------------------------------------------------------
-def local(name: str, task: config.Task) -> Path | None:
-    """Where the local copy lies: what `data` names, else the folder of the task in BITALLOC_DATA, else None."""
-    kind = _kind(name)
-    place = config.expand(task.data or f"${{BITALLOC_DATA}}/{kind}")
-    if place and Path(place).exists():
-        return Path(place)
-    if task.data:
-        raise BitallocError(
-            f"evaluate.tasks.{name}: no such data: {task.data}" + ("" if place else " (its variable is not set)")
-        )
-    return None
-
-
-def _kind(name: str) -> str:
-    return "mmlu" if name.startswith("mmlu") else name
-
-
-def read(name: str, source: Path) -> dict[str, Rows]:
-    """Split -> rows as the hub has them, from a local copy in the original form or of the hub's own rows.
-
-    Raises `BitallocError` with the file, and the line where there is one.
-    """
-    kind = _kind(name)
-    if kind == "mmlu" and not _rows(source, "test"):
-        splits = _mmlu(source, name.removeprefix("mmlu_"))
-    elif kind == "hellaswag" and (found := [source] if source.is_file() else sorted(source.glob("*val*.txt*"))):
-        splits = {"validation": _hellaswag(found[0])}
-    elif kind == "piqa" and (source / "valid.jsonl").is_file():
-        splits = {
-            split: _piqa(source / f"{stem}.jsonl", source / f"{stem}-labels.lst")
-            for split, stem in (("train", "train"), ("validation", "valid"))
-            if (source / f"{stem}.jsonl").is_file()
-        }
-    else:
-        splits = {split: _rows(source, split) for split in ("train", "validation", "test", "dev")}
-    if not any(splits.values()):
-        raise BitallocError(
-            f"task {name}: {source} holds neither the original form nor train, validation or test .jsonl or .parquet"
-        )
-    return splits
-
-
-def _rows(folder: Path, split: str) -> Rows:
-    """Rows of <split>*.jsonl or .parquet; none where there is no such file."""
-    for file in sorted(folder.glob(f"{split}*")):
-        if file.suffix == ".jsonl":
-            return [_json(file, number, line) for number, line in enumerate(_lines(file), 1) if line.strip()]
-        if file.suffix == ".parquet":
-            return _parquet(file)
-    return []
-
-
-def _parquet(file: Path) -> Rows:
-    try:
-        return pq.read_table(file).to_pylist()
-    except (OSError, pa.ArrowException) as error:
-        raise BitallocError(f"cannot read {file}: {str(error).splitlines()[0]}") from None
-
-
-def _json(file: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        row = None
-    if not isinstance(row, dict):
-        raise BitallocError(f"{file} line {number} is not a JSON object; see the task's data set on the hub")
-    return row
-
-
-def _lines(file: Path) -> list[str]:
-    data = file.read_bytes()
-    try:
-        return (bz2.decompress(data) if file.suffix == ".bz2" else data).decode().removesuffix("\n").split("\n")
-    except (OSError, ValueError) as error:
-        raise BitallocError(f"cannot read {file}: {error}") from None
-
-
-def _mmlu(folder: Path, subject: str) -> dict[str, Rows]:
-    """{dev,test}/<subject>_<split>.csv without a header: question, four choices, letter of the answer."""
-    splits: dict[str, Rows] = {}
-    for split in ("dev", "test"):
-        file = folder / split / f"{subject}_{split}.csv"
-        if not file.is_file():
-            raise BitallocError(f"task mmlu_{subject}: no such file: {file}")
-        splits[split] = []
-        for row in csv.reader(io.StringIO("\n".join(_lines(file)))):
-            if len(row) != 6 or row[5] not in set("ABCD"):
-                raise BitallocError(
-                    f"{file} row {len(splits[split]) + 1} is not: question, four choices, one of A B C D"
-                )
-            splits[split].append({"question": row[0], "choices": row[1:5], "answer": "ABCD".index(row[5])})
-    return splits
-
-
-def _hellaswag(file: Path) -> Rows:
-    """Six lines an item: `activity: context`, label, four endings.
-
-    The hub has the context in two parts, and lm-eval begins the second with a capital: a context that does not end
-    with a full stop (the captions do not, the how-tos do) is parted after its last sentence.
-    """
-    lines, rows = _lines(file), []
-    for start in range(0, len(lines), 6):
-        context, label, *endings = (*lines[start : start + 6], "", "")
-        activity, found, text = context.partition(": ")
-        if not found or label not in set("0123") or len(endings) != 6 or not all(endings[:4]):
-            raise BitallocError(f"{file} line {start + 1}: not context, label 0 to 3, four endings on six lines")
-        parted = re.fullmatch(r"""(.*[.!?]["')]?) ([^.!?]+)""", text)
-        parts = dict(zip(("ctx_a", "ctx_b"), parted.groups() if parted else (text, ""), strict=True))
-        rows.append({"activity_label": activity, **parts, "endings": endings[:4], "label": label})
-    return rows
-
-
-def _piqa(items: Path, labels: Path) -> Rows:
-    """A JSON object and a label a line: goal, sol1, sol2; 0 or 1."""
-    if not labels.is_file():
-        raise BitallocError(f"no such file: {labels}; it holds the answers of {items.name}")
-    rows, answers = _rows(items.parent, items.stem), _lines(labels)
-    if len(rows) != len(answers) or not set(answers) <= {"0", "1"}:
-        raise BitallocError(f"{labels} does not hold 0 or 1 for each of the {len(rows)} lines of {items.name}")
-    return [{**row, "label": int(answer)} for row, answer in zip(rows, answers, strict=True)]
-
-
-# ---- tasks -------------------------------------------------------------------------------------------
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without the bars and remarks of lm-eval and the hub; ours are the progress lines, and one line of an error."""
@@ -236,13 +97,13 @@ def load(tasks: Mapping[str, config.Task]) -> dict[str, list[Any]]:
     from lm_eval.tasks import TaskManager
 
     root = Path(lm_eval.__file__).parent / "tasks"
-    known = all(_kind(name) in FOLDERS for name in tasks)
-    places = {"include_path": sorted({str(root / FOLDERS[_kind(name)]) for name in tasks})} if known else {}
+    known = all(kind(name) in FOLDERS for name in tasks)
+    places = {"include_path": sorted({str(root / FOLDERS[kind(name)]) for name in tasks})} if known else {}
     with _quiet():
         manager = TaskManager(include_defaults=not known, **places)  # listing all takes ten seconds
     ours = {entry.name for entry in manager.task_index.values() if str(root / FOLDERS["mmlu"]) in str(entry.yaml_path)}
     subjects = sorted(ours.intersection(manager.all_subtasks))
-    names = [name for name in manager.all_subtasks if _kind(name) != "mmlu"] + [*subjects, "mmlu"]
+    names = [name for name in manager.all_subtasks if kind(name) != "mmlu"] + [*subjects, "mmlu"]
     if unknown := [name for name in tasks if name not in names]:
         raise BitallocError(f"unknown task {unknown[0]!r} in evaluate.tasks: {nearest(unknown[0], names)}")
     members = {name: subjects if name == "mmlu" else [name] for name in tasks}
@@ -253,7 +114,7 @@ def _task(manager: Any, name: str, parent: str, settings: config.Task) -> Any:
     source = local(name, settings)
     if source is None:
         print(f"task {name}: no local copy, asking the hub", file=sys.stderr, flush=True)
-    fewshot = FEWSHOT.get(_kind(name)) if settings.fewshot is None else settings.fewshot
+    fewshot = FEWSHOT.get(kind(name)) if settings.fewshot is None else settings.fewshot
     over: dict[str, Any] = {} if fewshot is None else {"num_fewshot": fewshot}
     if source:
         over["custom_dataset"] = functools.partial(_dataset, read(name, source))
@@ -273,7 +134,7 @@ def _task(manager: Any, name: str, parent: str, settings: config.Task) -> Any:
         if source:
             raise BitallocError(f"task {name}: {source} lacks what lm-eval's definition reads ({reason})") from None
         raise BitallocError(
-            f"task {name}: tried ${{BITALLOC_DATA}}/{_kind(name)} (no such folder) and the hub ({reason}); "
+            f"task {name}: tried ${{BITALLOC_DATA}}/{kind(name)} (no such folder) and the hub ({reason}); "
             f"point evaluate.tasks.{parent}.data to a local copy"
         ) from None
     if getattr(task, "UNSAFE_CODE", False) or not _means(task):
@@ -316,139 +177,6 @@ class Part:
     def writes(self) -> bool:
         """The answers are generated."""
         return self.items[0][0].request_type == "generate_until"
-
-
-# ---- scoring -----------------------------------------------------------------------------------------
-@torch.inference_mode()
-def loglikelihoods(
-    model: Any, head: Head, pairs: Sequence[Pair], *, longest: int, rows: int
-) -> list[tuple[float, bool]]:
-    """(sum of log q(token), whether greedy decoding yields it) of each continuation, nats, as lm-eval defines them.
-
-    Of context and continuation the last `longest` + 1 tokens count. At most `rows` sequences a forward pass. Prompts
-    that begin alike share the keys and values of their beginning, on two levels: what a whole run of prompts has in
-    common, then the context of several continuations. No padding ever lies before a scored token, so that neither
-    masks nor positions are needed: a family that can generate can be scored so. One that keeps a state instead of
-    keys and values reads every prompt whole.
-    """
-    shares = not getattr(model, "_is_stateful", False)
-    unique: dict[tuple[int, ...], Reading] = {}
-    for owner, (context, continuation) in enumerate(pairs):
-        if not context or not 0 < len(continuation) <= longest:
-            raise ValueError(f"a continuation of {len(continuation)} tokens after {len(context)} cannot be scored")
-        tokens = (context + continuation)[-longest - 1 : -1]
-        reading = unique.setdefault(tuple(tokens), Reading(tokens))
-        reading.positions += range(len(tokens) - len(continuation), len(tokens))
-        reading.targets += continuation
-        reading.owners += [owner] * len(continuation)
-    by_stem: dict[tuple[int, ...], list[Reading]] = defaultdict(list)
-    for reading in unique.values():
-        by_stem[tuple(reading.tokens[: min(reading.positions)])].append(reading)
-    stems = [
-        (stem, readings[at : at + rows])
-        for stem, readings in sorted(by_stem.items())
-        for at in range(0, len(readings), rows)
-    ]
-    log_prob, wrong = np.zeros(len(pairs)), np.zeros(len(pairs))
-    for start, members in _runs(stems) if shares else [((), stems)]:
-        cache = _extend(model, None, [list(start)])[1] if start else None
-        for depth, batch in _batches(members, len(start), rows):
-            scores, owner_N = _score(model, head, cache, batch, start=len(start), depth=depth if shares else 0)
-            log_prob -= total(scores["nll"], owner_N, len(pairs))
-            wrong += total(1 - scores["greedy"], owner_N, len(pairs))
-    return [(float(value), not off) for value, off in zip(log_prob, wrong, strict=True)]
-
-
-Stem = tuple[tuple[int, ...], list[Reading]]  # what comes before the first scored position, and whose beginning it is
-
-
-def _runs(stems: list[Stem]) -> list[tuple[tuple[int, ...], list[Stem]]]:
-    """(common beginning, stems) of sorted stems; those that share too little come together, with nothing in common.
-
-    A stem joins a run when the run keeps half of what it has in common: examples stay, a chance likeness goes.
-
-    >>> shots = tuple(range(200))
-    >>> runs = _runs([((*shots, 1), []), ((*shots, 2), []), ((*shots[1:], 3), []), ((7,), [])])
-    >>> [(len(start), len(members)) for start, members in runs]
-    [(200, 2), (0, 2)]
-    """
-    runs: list[tuple[tuple[int, ...], list[Stem]]] = []
-    for stem in stems:
-        if runs:
-            start, members = runs[-1]
-            pairs = enumerate(zip(start, stem[0], strict=False))
-            alike = next((at for at, (a, b) in pairs if a != b), min(len(start), len(stem[0])))
-            if alike >= max(SHARED, len(start) // 2):
-                runs[-1] = (start[:alike], [*members, stem])
-                continue
-        runs.append((stem[0], [stem]))
-    worth = [len(start) * (len(members) - 1) >= WORTH for start, members in runs]
-    alone = [stem for (_, members), kept in zip(runs, worth, strict=True) if not kept for stem in members]
-    return [run for run, kept in zip(runs, worth, strict=True) if kept] + ([((), alone)] if alone else [])
-
-
-def _batches(stems: list[Stem], start: int, rows: int) -> Iterator[tuple[int, list[Stem]]]:
-    """(depth, stems) such that the `depth` tokens of each stem after the first `start` serve all of its readings.
-
-    0 where too little would be saved: a pass of its own costs something, too.
-    """
-
-    def place(stem: Stem) -> tuple[int, int]:
-        beginning, readings = stem
-        return (len(beginning) - start if len(readings) > 1 else 0), max(len(reading.tokens) for reading in readings)
-
-    def count(batch: list[Stem]) -> int:
-        return sum(len(readings) for _, readings in batch)
-
-    batches: list[list[Stem]] = []
-    for stem in sorted(stems, key=place):
-        joins = batches and count([*batches[-1], stem]) <= rows
-        if joins and place(stem)[0] <= place(batches[-1][0])[0] + SLACK:
-            batches[-1].append(stem)
-        else:
-            batches.append([stem])
-    for batch in batches:
-        depth = place(batch[0])[0]
-        yield depth if depth * (count(batch) - len(batch)) >= WORTH else 0, batch
-
-
-def _score(
-    model: Any, head: Head, cache: Any, stems: list[Stem], *, start: int, depth: int
-) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Scores of the scored positions of `stems`, whose first `start` tokens are in `cache`, and their owners."""
-    which = [place for place, (_, readings) in enumerate(stems) for _ in readings]
-    if cache is not None:
-        cache = _select(cache, [0] * (len(stems) if depth else len(which)), model.device)
-    if depth:
-        beginnings = [list(stem[start : start + depth]) for stem, _ in stems]
-        cache = _select(_extend(model, cache, beginnings)[1], which, model.device)
-    readings, skip = [reading for _, several in stems for reading in several], start + depth
-    h_BTD, _ = _extend(model, cache, [reading.tokens[skip:] for reading in readings], keep=cache is not None)
-    place = [row * h_BTD.shape[1] + at - skip for row, reading in enumerate(readings) for at in reading.positions]
-    batch = Batch(
-        tokens_BT=torch.empty(0),  # read already
-        flat_N=torch.tensor(place, device=model.device),
-        target_N=torch.tensor([token for reading in readings for token in reading.targets], device=model.device),
-        owner_N=torch.tensor([owner for reading in readings for owner in reading.owners], device=model.device),
-    )
-    return compare(head, batch, h_BTD.flatten(0, 1)[batch.flat_N].float(), None), batch.owner_N
-
-
-def _extend(model: Any, cache: Any, sequences: list[list[int]], *, keep: bool = True) -> tuple[torch.Tensor, Any]:
-    """Last hidden states of sequences that go on after `cache`, padded on the right, and the cache with them."""
-    tokens_BT = np.zeros((len(sequences), max(map(len, sequences))), dtype=np.int64)
-    for row, tokens in zip(tokens_BT, sequences, strict=True):
-        row[: len(tokens)] = tokens
-    ids_BT = torch.from_numpy(tokens_BT).to(model.device)
-    out = model.base_model(input_ids=ids_BT, past_key_values=cache, use_cache=keep)
-    return out.last_hidden_state, out.past_key_values if keep else None
-
-
-def _select(cache: Any, rows: list[int], device: torch.device) -> Any:
-    """A copy of a cache with these of its sequences."""
-    chosen = copy.deepcopy(cache)
-    chosen.batch_select_indices(torch.tensor(rows, device=device))
-    return chosen
 
 
 @functools.cache
@@ -672,10 +400,10 @@ def _judge(part: Part, items: list[list[Any]], answers: Sequence[JSON]) -> Rows:
         doc = item[0].doc
         chance = 1 / len(task.doc_to_choice(doc)) if task.OUTPUT_TYPE == "multiple_choice" else 0.0
         place = {"suite": "downstream", "task": part.name, "item": part.ids[item[0].doc_id], "group": part.name}
-        for kind in item[0].filtered_resps:
-            found = task.process_results(doc, [request.filtered_resps[kind] for request in item])
+        for filter_ in item[0].filtered_resps:
+            found = task.process_results(doc, [request.filtered_resps[filter_] for request in item])
             rows += [
-                {**place, "metric": f"{metric},{kind}", "value": float(value), "weight": 1.0, "chance": chance}
+                {**place, "metric": f"{metric},{filter_}", "value": float(value), "weight": 1.0, "chance": chance}
                 for metric, value in found.items()
                 if metric in means
             ]

@@ -1,0 +1,66 @@
+"""All INT8 and the champion as packed checkpoints, run in the backends that hold real INT8 -> BACKENDS."""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pandas as pd
+
+from bitalloc.backends import Subject, measure
+from bitalloc.compress import compress
+from bitalloc.config import Config
+from bitalloc.experiments import Experiments
+from bitalloc.formats.bitalloc import Reader
+from bitalloc.models import open_checkpoint, pick_device
+from bitalloc.script import stage
+from bitalloc.store import Store
+from bitalloc.tables import BACKENDS, INVENTORY, MOMENTS, PLAN, TOKENS
+
+RUNS = {"all_low": ("native", "torchao_int8"), "champion": ("native",)}  # torchao's knows no 16 bits beside
+
+
+def main(
+    *, rules: list[str], inputs: dict[str, Path], settings: Config, remote_code: bool, path_to_table: Path
+) -> None:
+    inventory, checkpoint = INVENTORY.read(inputs["inventory"]), open_checkpoint(inputs["checkpoint"])
+    device, frames = pick_device(settings.device), []
+    experiments = Experiments(
+        checkpoint=checkpoint,
+        inventory=inventory,
+        moments=pd.DataFrame(columns=[column.name for column in MOMENTS.columns]),
+        store=Store(Path(settings.store)),
+        sweep=settings.sweep,
+        device=device,
+    )
+    for plan in rules:
+        with TemporaryDirectory(dir=path_to_table.parent, prefix=f".{plan}.") as folder:
+            results, scratch = Path(folder), Path(folder) / "scratch"
+            scratch.mkdir()
+            (results / "models").mkdir()
+            frame = PLAN.read(inputs["folder"] / f"{plan}.parquet")
+            compress({plan: frame}, results=results, experiments=experiments, inventory=inventory)
+            subject = Subject(Reader(results / "models" / plan), checkpoint.path, scratch, device, remote_code)
+            for backend in RUNS[plan]:
+                frames.append(
+                    measure(
+                        backend,
+                        plan=plan,
+                        subject=subject,
+                        tokens=TOKENS.read(inputs["tokens"]),
+                        settings=settings.evaluate,
+                        seed=settings.seed,
+                        speed=True,
+                    )
+                )
+    columns = [column.name for column in BACKENDS.columns]
+    BACKENDS.write(pd.concat(frames) if frames else pd.DataFrame(columns=columns), path_to_table)
+
+
+if __name__ == "__main__":
+    with stage(snakemake):
+        main(
+            rules=snakemake.params.rules,
+            inputs={name: Path(path) for name, path in snakemake.input.items()},
+            settings=Config(**snakemake.params.settings),
+            remote_code=snakemake.params.sheet["remote_code"],
+            path_to_table=Path(snakemake.output[0]),
+        )
