@@ -56,6 +56,8 @@ PEERS = {
     MAP: ("autoround", "model_map.py"),
 }
 RIVALS = [tool for tool in PEERS if tool != MAP]
+OURS = [f"bitalloc {strategy}" for strategy in STRATEGIES]
+SAME = 1.005  # a peer may have so many times the budget before ours is given as much
 NEAR = 0.1  # a peer that misses its budget by more is no rival at it
 PAIR = "{tool} at {bytes:,} bytes: KL {ratio:.3f} [{lo:.3f}, {hi:.3f}] times that of {peer} at {peer_bytes:,}"
 # columns of what was not made
@@ -265,7 +267,9 @@ class Comparison:
         least, most = self.project.reach()
         wanted = {}
         for budget, peer in rivals.items():
-            if peer["bytes"] != self.allowed(budget) and least <= peer["bytes"] <= most:
+            ours = [row["bytes"] for row in self.rows if row["budget"] == peer["budget"] and row["tool"] in OURS]
+            larger = max((size for size in ours if size), default=0) > peer["bytes"]
+            if (larger or peer["bytes"] > SAME * self.allowed(budget)) and least <= peer["bytes"] <= most:
                 wanted[budget] = f"{math.floor(8e6 * peer['bytes'] / self.weights) / 1e6:.6f}bpw"
         if wanted:
             self.ours(sorted(set(wanted.values())), tuple(s for s in STRATEGIES if s != "uniform"))
@@ -349,11 +353,7 @@ def compare(subject: Subject, arguments: argparse.Namespace) -> None:
                 save(arguments.results, [subject.name], rows + comparison.rows, pairs)
         found = comparison.pairs(budgets)
         for pair in found:
-            print(
-                "{tool} at {bytes:,} bytes: KL {ratio:.3f} [{lo:.3f}, {hi:.3f}] of {peer}'s at {peer_bytes:,}".format(
-                    **pair
-                )
-            )
+            print(PAIR.format(**pair), flush=True)
         rows, pairs = rows + comparison.rows, pairs + found
         save(arguments.results, [subject.name], rows, pairs)
         if seed == 0:

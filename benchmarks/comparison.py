@@ -87,7 +87,8 @@ def over_seeds(ratios: Sequence[float]) -> tuple[float, float, float]:
 
 
 # ---- the figure --------------------------------------------------------------------------------------
-MARKERS = dict(zip("autoscheme autoround modelopt gptqmodel llmcompressor hqq".split(), "s^vDPX", strict=True))
+MARKERS = {"bitalloc best": "o", "bitalloc tuned": "*", "bitalloc uniform": "<", "bitalloc map + autoround": "p"}
+MARKERS |= {"autoscheme": "s", "autoround": "^", "modelopt": "v", "gptqmodel": "D", "llmcompressor": "P", "hqq": "X"}
 LINES = {"bitalloc best": "-", "bitalloc tuned": "-.", "bitalloc uniform": "--", "bitalloc map + autoround": ":"}
 
 
@@ -95,7 +96,8 @@ def draw(rows: Sequence[Mapping[str, Any]], name: str, path: Path) -> None:
     """KL against bits a weight of every tool of one model, and against CPU seconds at the smallest budget."""
     from bitalloc.figures.style import GREY, INK, headline, page
 
-    shown = [row for row in rows if row["kl"] is not None and row["budget"] is not None]
+    asked = {row["budget"] for row in rows if row["budget"] and not row["tool"].startswith("bitalloc")}
+    shown = [row for row in rows if row["kl"] is not None and row["budget"] in asked]
     least = min(row["budget"] for row in shown)
     sentence = f"{name}: how far every tool departs from the model, by the bits it stores and by what it costs"
     footer = (
@@ -109,7 +111,13 @@ def draw(rows: Sequence[Mapping[str, Any]], name: str, path: Path) -> None:
         for tool in dict.fromkeys(row["tool"] for row in shown):
             own = sorted((row for row in shown if row["tool"] == tool), key=lambda row: row["bpw"])
             colour = INK if tool.startswith("bitalloc") else GREY
-            look = {"marker": MARKERS.get(tool, "o"), "color": colour, "ms": 4.5, "lw": 1, "elinewidth": 0.7}
+            look = {
+                "marker": MARKERS.get(tool, "o"),
+                "color": colour,
+                "ms": 7 if tool == "bitalloc tuned" else 4.5,
+                "lw": 1,
+                "elinewidth": 0.7,
+            }
             look |= {"mfc": colour if tool == "bitalloc best" else "white"}
             for axes, part, column, line in (
                 (left, own, "bpw", LINES.get(tool, ":")),
@@ -122,5 +130,5 @@ def draw(rows: Sequence[Mapping[str, Any]], name: str, path: Path) -> None:
         right.set(xlabel="CPU seconds", xscale="log", title=f"asked for {least:g} bits a weight")
         for axis in (left.yaxis, right.xaxis):
             axis.set_major_formatter("{x:g}")
-        right.xaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:.0e}"[0] in "25" else "")
+            axis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:.0e}"[0] in "25" else "")
         figure.legend(*left.get_legend_handles_labels(), loc="center left", bbox_to_anchor=(0.8, 0.55), frameon=False)
