@@ -150,11 +150,10 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    names, _, rest = " ".join(arguments).partition("--")
+    at = arguments.index("--") if "--" in arguments else len(arguments)
+    names, rest = arguments[:at], arguments[at + 1 :]
     try:
-        table, fine = validate(
-            names.split(), load(Path("config/config.yaml"), Path("config/models.yaml")), rest.split()
-        )
+        table, fine = validate(names, load(Path("config/config.yaml"), Path("config/models.yaml")), rest)
     except BitallocError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
