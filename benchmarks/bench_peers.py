@@ -13,7 +13,7 @@ selects by. All are judged by one evaluation (comparison.py) on the windows of t
     missed_by  bytes / bytes that the budget allows - 1
     seconds    CPU seconds of all processes from the model to its packed checkpoint, imports included; peak memory: of
                the largest of them. bitalloc: calibrate, sweep, sensitivity and fit, which serve all budgets, and what
-               one budget takes after them, `further_seconds`
+               one budget takes after them, `further_seconds`; `quality` is `tuned` with config/best.yaml
     pairs      KL of ours over that of the strongest peer, at no more bytes than the peer's
 
 A job that is finished is not repeated (`--work`); a tool that fails says why, and the rest goes on.
@@ -34,7 +34,7 @@ import pandas as pd
 import torch
 from comparison import Evaluation, draw, over_seeds, ratio, summary
 from peers.whole import nbytes
-from project import ROOT, STRATEGIES, Project, Subject, subject
+from project import QUALITY, ROOT, STRATEGIES, Project, Subject, subject
 from running import FailedError, Took, environment, threaded, timed
 from safetensors.torch import save_file
 
@@ -125,13 +125,12 @@ class Comparison:
 
     def ours(self, budgets: list[str], strategies: tuple[str, ...] = STRATEGIES) -> None:
         """Rows of bitalloc at these budgets, which share one run where there are several."""
-        identity = digest([self.project.identity(), self.arguments.threads])
+        identity = digest([self.project.identity(), self.arguments.threads, (ROOT / "config/best.yaml").read_text()])
         jobs = {(s, b): self.job(f"bitalloc {s}", b) for s in strategies for b in budgets}
         if not all(job.known(identity) for job in jobs.values()):
-            shared, spent = self.shared(), None
-            for group in [[s for s in strategies if s != "tuned"], [s for s in strategies if s == "tuned"]]:
-                if not group:
-                    continue
+            shared, first = self.shared(), None
+            swept = [strategy for strategy in strategies if strategy not in ("tuned", QUALITY)]
+            for group in [swept, *([s] for s in ("tuned", QUALITY) if s in strategies)]:
                 try:
                     took = self.project.run("checkpoints.parquet", budgets=budgets, plans=group)
                 except FailedError as failed:
@@ -140,7 +139,8 @@ class Comparison:
                             self.fail(f"bitalloc {strategy}", budget, str(failed))
                     continue
                 each = Took(took.cpu_s / len(budgets), took.wall_s / len(budgets), took.peak_mem_mb)
-                spent = each if spent is None else spent + each
+                spent = each if first is None else first + each  # what is learned comes after what was swept
+                first = first or each
                 for strategy in group:
                     for budget in budgets:
                         job = jobs[strategy, budget]

@@ -87,9 +87,21 @@ def over_seeds(ratios: Sequence[float]) -> tuple[float, float, float]:
 
 
 # ---- the figure --------------------------------------------------------------------------------------
-MARKERS = {"bitalloc best": "o", "bitalloc tuned": "*", "bitalloc uniform": "<", "bitalloc map + autoround": "p"}
+MARKERS = {
+    "bitalloc best": "o",
+    "bitalloc tuned": "*",
+    "bitalloc quality": "H",
+    "bitalloc uniform": "<",
+    "bitalloc map + autoround": "p",
+}
 MARKERS |= {"autoscheme": "s", "autoround": "^", "modelopt": "v", "gptqmodel": "D", "llmcompressor": "P", "hqq": "X"}
-LINES = {"bitalloc best": "-", "bitalloc tuned": "-.", "bitalloc uniform": "--", "bitalloc map + autoround": ":"}
+LINES = {
+    "bitalloc best": "-",
+    "bitalloc tuned": "-.",
+    "bitalloc quality": "-",
+    "bitalloc uniform": "--",
+    "bitalloc map + autoround": ":",
+}
 
 
 def draw(rows: Sequence[Mapping[str, Any]], name: str, path: Path) -> None:

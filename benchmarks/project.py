@@ -15,7 +15,6 @@ from running import FailedError, Took, threaded, timed
 from safetensors.torch import save_file
 
 from bitalloc.allocate import budget_slug
-from bitalloc.config import Config
 from bitalloc.families import FAMILIES
 from bitalloc.formats.bitalloc import Reader
 from bitalloc.models import context_length, read_config
@@ -33,7 +32,13 @@ LEAN: dict[str, dict[str, Any]] = {
     "evaluate": {"suites": ["perplexity", "divergence"], "protocols": [], "jobs": 1},
     "gates": {"mode": "warn"},
 }
-STRATEGIES = ("best", "uniform", *(["tuned"] if "tune" in Config.model_fields else []))
+STRATEGIES = ("best", "uniform", "tuned", "quality")
+QUALITY = "quality"  # `tuned` with the settings that spend more, config/best.yaml
+
+
+def plan_of(strategy: str) -> str:
+    """The strategy of the workflow behind a row of ours."""
+    return "tuned" if strategy == QUALITY else strategy
 
 
 @dataclass(frozen=True)
@@ -107,7 +112,7 @@ class Project:
             (shutil.copytree if source.is_dir() else shutil.copy)(source, target)
 
     def run(self, *targets: str, budgets: list[str] = (), plans: list[str] = ()) -> Took:  # type: ignore[assignment]
-        """Make these files of `results/bench/`, by snakemake and with one set of budgets and plans."""
+        """Make these files of `results/bench/`, by snakemake and with one set of budgets and plans, see STRATEGIES."""
         settings = {name: dict(values) if isinstance(values, dict) else values
                     for name, values in self.subject.row["settings"].items()}  # fmt: skip
         for name, values in LEAN.items():
@@ -115,7 +120,11 @@ class Project:
         settings["threads"] = self.threads
         if budgets:
             settings["allocate"] |= {"budgets": list(budgets)}
-            settings["compress"] = {"plans": list(plans)}
+            settings["compress"] = {"plans": [plan_of(strategy) for strategy in plans]}
+        if QUALITY in plans:
+            more = yaml.safe_load((ROOT / "config/best.yaml").read_text())
+            for name in ("sensitivity", "sweep", "allocate", "tune"):
+                settings[name] = {**settings.get(name, {}), **more[name]}
         sheet = {"models": {MODEL: {**self.subject.row, "settings": settings}}}
         (self.folder / "config/models.yaml").write_text(yaml.safe_dump(sheet))
         overlay = self.folder / "config/bench.yaml"
@@ -154,7 +163,7 @@ class Project:
 
     def export(self, strategy: str, budget: str, folder: Path) -> dict[str, Any]:
         """Write What of a checkpoint, dequantised, to `folder`; says what it stores and how it was chosen."""
-        name = f"{strategy}-{budget_slug(budget)}"
+        name = f"{plan_of(strategy)}-{budget_slug(budget)}"
         reader = Reader(self.results / "models" / name)
         layers = self.layers()
         weights = {layer: reader.tensor(f"{layer}.weight").float().contiguous() for layer in layers}
