@@ -13,7 +13,7 @@ selects by. All are judged by one evaluation (comparison.py) on the windows of t
     missed_by  bytes / bytes that the budget allows - 1
     seconds    CPU seconds of all processes from the model to its packed checkpoint, imports included; peak memory: of
                the largest of them. bitalloc: calibrate, sweep, sensitivity and fit, which serve all budgets, and what
-               one budget takes after them, `further_seconds`; `quality` is `tuned` with config/best.yaml
+               one budget takes after them, `further_seconds`
     pairs      KL of ours over that of the strongest peer, at no more bytes than the peer's
 
 A job that is finished is not repeated (`--work`); a tool that fails says why, and the rest goes on.
@@ -25,6 +25,7 @@ import argparse
 import json
 import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ PEERS = {
     MAP: ("autoround", "model_map.py"),
 }
 RIVALS = [tool for tool in PEERS if tool != MAP]
-OURS = [f"bitalloc {strategy}" for strategy in STRATEGIES]
+OURS = [f"bitalloc {strategy}" for strategy in (*STRATEGIES, QUALITY)]
 SAME = 1.005  # a peer may have so many times the budget before ours is given as much
 NEAR = 0.1  # a peer that misses its budget by more is no rival at it
 PAIR = "{tool} at {bytes:,} bytes: KL {ratio:.3f} [{lo:.3f}, {hi:.3f}] times that of {peer} at {peer_bytes:,}"
@@ -123,7 +124,7 @@ class Comparison:
             self._shared = Took(**found["took"])
         return self._shared
 
-    def ours(self, budgets: list[str], strategies: tuple[str, ...] = STRATEGIES) -> None:
+    def ours(self, budgets: list[str], strategies: Sequence[str]) -> None:
         """Rows of bitalloc at these budgets, which share one run where there are several."""
         identity = digest([self.project.identity(), self.arguments.threads, (ROOT / "config/best.yaml").read_text()])
         jobs = {(s, b): self.job(f"bitalloc {s}", b) for s in strategies for b in budgets}
@@ -272,7 +273,7 @@ class Comparison:
             if (larger or peer["bytes"] > SAME * self.allowed(budget)) and least <= peer["bytes"] <= most:
                 wanted[budget] = f"{math.floor(8e6 * peer['bytes'] / self.weights) / 1e6:.6f}bpw"
         if wanted:
-            self.ours(sorted(set(wanted.values())), tuple(s for s in STRATEGIES if s != "uniform"))
+            self.ours(sorted(set(wanted.values())), [s for s in self.arguments.ours if s != "uniform"])
         found = []
         for budget, peer in rivals.items():
             text = wanted.get(budget, budget)
@@ -344,7 +345,7 @@ def compare(subject: Subject, arguments: argparse.Namespace) -> None:
         comparison.reference()
         progress = Progress("peers", (1 + len(tools)) * len(budgets), unit="jobs", every_s=0)
         for budget in budgets:
-            comparison.ours([budget])
+            comparison.ours([budget], arguments.ours)
             progress.advance(note=f"bitalloc {budget}")
         for tool in tools:
             for budget in budgets:
@@ -373,6 +374,10 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help="a text file: calibrate, select and report windows of a folder")
     parser.add_argument("--budgets", nargs="+", default=["2.5", "2.75", "3.25", "4.25"], help="bits a weight")
     parser.add_argument("--tools", nargs="*", choices=list(PEERS), default=list(PEERS), help="the peers that run")
+    parser.add_argument(
+        "--ours", nargs="+", choices=[*STRATEGIES, QUALITY], default=STRATEGIES,
+        help="quality: tuned with config/best.yaml, which takes several times as long",
+    )  # fmt: skip
     parser.add_argument("--seeds", type=int, default=1, help="calibrations; from the second on of ours and the rivals")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--limit", type=float, default=120, help="minutes that a job may take")

@@ -32,7 +32,7 @@ LEAN: dict[str, dict[str, Any]] = {
     "evaluate": {"suites": ["perplexity", "divergence"], "protocols": [], "jobs": 1},
     "gates": {"mode": "warn"},
 }
-STRATEGIES = ("best", "uniform", "tuned", "quality")
+STRATEGIES = ("best", "uniform", "tuned")
 QUALITY = "quality"  # `tuned` with the settings that spend more, config/best.yaml
 
 
