@@ -12,15 +12,12 @@ from hypothesis import strategies as st
 from bitalloc import tables
 from bitalloc.allocate import (
     allocate,
-    budget_slug,
     build,
     choose_best,
     choose_leaked,
-    limit,
-    parse_budget,
-    serving_nbytes,
     write_overrides,
 )
+from bitalloc.budget import budget_slug, limit, parse_budget, serving_nbytes
 from bitalloc.config import Config, parse
 from bitalloc.errors import BitallocError
 from bitalloc.formats.layout import checkpoint_nbytes
