@@ -30,6 +30,7 @@ from bitalloc.formats.layout import checkpoint_nbytes, claim
 from bitalloc.option import PASS_THROUGH, Option
 from bitalloc.strategies import Choice, Instance, random, strategy
 from bitalloc.strategies.component import components
+from bitalloc.strategies.fair import Spoken
 from bitalloc.strategies.optimal import Solution, gap, solve
 from bitalloc.strategies.position import position
 
@@ -107,6 +108,7 @@ def allocate(  # noqa: PLR0917 - tables and settings
     config: Config,
     embeddings: pd.DataFrame | None = None,
     leaked: pd.DataFrame | None = None,
+    languages: pd.DataFrame | None = None,
 ) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:
     """PLANS frame and plan name -> PLAN frame: all budgets x strategies, runners-up, the random pool, and the arms.
 
@@ -114,7 +116,8 @@ def allocate(  # noqa: PLR0917 - tables and settings
     that are to be fused take one option together; the plan `unfused` then shows what that costs. `embeddings`, an
     EMBEDDINGS frame, puts the embedding and a head of its own into the same budgets. A control (`bits_only`,
     `rank_only`) that the options do not allow is left out, and the note of `optimal` says why. `leaked`, a SENSITIVITY
-    frame of the report windows, gives the candidates `leaked_1`, `leaked_2` .. of the arm of that name.
+    frame of the report windows, gives the candidates `leaked_1`, `leaked_2` .. of the arm of that name. `languages`,
+    a LANGUAGES frame, is what the strategies `fair` and `english` go by.
     """
     settings = config.allocate
     whole = build(costs, sensitivity, inventory, config, embeddings)
@@ -125,17 +128,19 @@ def allocate(  # noqa: PLR0917 - tables and settings
     unit_N = units(place, config.fuse)
     instance = whole.fused(unit_N)
     seen = None if searched is None else searched.fused(unit_N)
+    spoken = None if languages is None else _spoken(languages, costs, stored, config, unit_N)
     budgets = [parse_budget(text, instance, inventory, config.sweep, config.format) for text in settings.budgets]
     if twice := [b.text for b in budgets if [c.slug for c in budgets].count(b.slug) > 1]:
         raise BitallocError(f"allocate.budgets names {twice[0]!r} twice; remove one")
     for name in settings.strategies:
-        strategy(name)
+        if name not in Spoken.STRATEGIES:
+            strategy(name)
     rows, frames = [], {}
     for budget in budgets:
         solution = solve(instance, budget.nbytes)
         choices = [
             (name, plan, choice_U[unit_N], note)
-            for name, plan, choice_U, note in _choices(instance, budget, solution, config, seen)
+            for name, plan, choice_U, note in _choices(instance, budget, solution, config, leaked=seen, spoken=spoken)
         ]
         if config.fuse:
             free_N, fused = solve(whole, budget.nbytes).choice_N, instance.objective(solution.choice_N)
@@ -245,7 +250,13 @@ def _with_reference(instance: Instance, sides_N2: NDArray[np.int64], form: str) 
 
 
 def _choices(
-    instance: Instance, budget: Budget, solution: Solution, config: Config, leaked: Instance | None
+    instance: Instance,
+    budget: Budget,
+    solution: Solution,
+    config: Config,
+    *,
+    leaked: Instance | None,
+    spoken: Spoken | None,
 ) -> Iterator[tuple[str, str, Choice, str]]:
     """(strategy, plan name, choice, note) of everything that is made for one budget."""
     settings, draw = config.allocate, [config.seed, *budget.slug.encode()]
@@ -255,6 +266,10 @@ def _choices(
             found[name] = solution.choice_N, ""
         elif name == "uniform":
             found[name] = _uniform(instance, budget)
+        elif name in Spoken.STRATEGIES:
+            if spoken is None:
+                raise BitallocError(f"the strategy {name} needs LANGUAGES, what every matrix costs each language")
+            found[name] = spoken.choose(name, instance, budget.nbytes, ignoring=solution.choice_N)
         else:
             try:
                 choice_N = strategy(name)(instance, budget.nbytes, seed=config.seed)
@@ -277,6 +292,26 @@ def _choices(
             yield f"leaked_{rank}", f"leaked_{rank}-{budget.slug}", choice_N, "coefficients of the report windows"
     for serial, choice_N in enumerate(_pool(instance, budget, settings, draw)):
         yield "random", f"random-{budget.slug}-{serial:03d}", choice_N, ""
+
+
+def _spoken(
+    languages: pd.DataFrame, costs: pd.DataFrame, inventory: pd.DataFrame, config: Config, unit_N: NDArray[np.int64]
+) -> Spoken:
+    """Predicted relative damage of every option to each language above its floor: coefficient x rel_error / its NLL.
+
+    Raises `BitallocError` when no language is above its floor, and where the embedding has options.
+    """
+    if config.sweep.embedding_bits != [16]:
+        raise BitallocError(
+            f"{' and '.join(Spoken.STRATEGIES)} cannot choose an embedding: what it costs each language is not "
+            "measured; set sweep.embedding_bits to [16]"
+        )
+    found = {
+        str(language): build(costs, rows, inventory, config).fused(unit_N).costs_NK
+        / rows["reference_nll_nats_per_token"].iloc[0]
+        for language, rows in languages[~languages["floor"]].groupby("language", sort=False)
+    }
+    return Spoken(found, config.fairness.margin_en)
 
 
 def _uniform(instance: Instance, budget: Budget) -> tuple[Choice, str]:

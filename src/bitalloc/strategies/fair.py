@@ -19,6 +19,7 @@ Legend: L languages, N matrices, K options, P planes; `choice_N` holds an option
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -30,6 +31,7 @@ from bitalloc.strategies.optimal import Solution, solve
 
 ROUNDS = 60  # plans asked for, at most
 CLOSE = 1e-4  # a certified gap, as a share of the objective, at which to stop
+_ENGLISH = "en"
 DEAREST = 1e6  # price on the limit, at most
 PAIRS = 20_000_000  # changes of two matrices looked at in one step, at most
 
@@ -68,6 +70,39 @@ def fair(
     choice_N = problem.improved(choice_N)
     objective = float(problem.damage(choice_N).max())
     return Solution(choice_N, objective, min(objective, bound))
+
+
+@dataclass(frozen=True, eq=False)
+class Spoken:
+    """What every option does to each language, [N, K] of one unit, and the strategies that ask for it.
+
+    `margin`: what English may lose more than under the plan that ignores languages, in the same unit.
+    """
+
+    STRATEGIES = "fair", "english"
+
+    damage: Mapping[str, NDArray[np.float64]]
+    margin: float
+
+    def choose(self, name: str, instance: Instance, budget: int, *, ignoring: Choice) -> tuple[Choice, str]:
+        """The plan of a strategy, and a note of what it promises; `ignoring` is the plan that ignores languages.
+
+        Raises `BitallocError` when there is no language to choose by.
+        """
+        if not self.damage:
+            raise BitallocError("in no language is the model better than a byte-unigram model: none can be protected")
+        if name == "english":
+            if _ENGLISH not in self.damage:
+                raise BitallocError("the strategy english needs en among fairness.languages, and above its floor")
+            own = dataclasses.replace(instance, costs_NK=self.damage[_ENGLISH])
+            return solve(own, budget).choice_N, "least damage to English"
+        limits = {}
+        if _ENGLISH in self.damage:
+            allowed = float(instance.at(self.damage[_ENGLISH], ignoring).sum()) + self.margin
+            limits = {"limited": list(self.damage).index(_ENGLISH), "limit": allowed}
+        found = fair(instance, np.stack(list(self.damage.values())), budget, **limits)
+        note = f"the worst-off language is predicted to lose {found.objective:.3g} of its NLL"
+        return found.choice_N, f"{note}, {found.gap:.1e} above the bound"
 
 
 @dataclass(frozen=True, eq=False)
