@@ -384,6 +384,7 @@ class Checks(Section):
         0.25, "share of uniform's excess loss that best recovers at 2.4-2.7 bits a weight (or 5 % PPL), at least"
     )
     downstream: Check = _check(2.0, "points of accuracy that best loses to the reference, at most")
+    languages: Check = _check(2, "languages in which the reference is better than a byte-unigram model, at least")
 
 
 class Gates(Section):
