@@ -721,6 +721,17 @@ ARMS = Table(
         Column("note", STR, "how it came about"),
     ),
 )
+ANSWERS = Table(
+    "answers",
+    "Multiple-choice items by language: which of them every arm answers rightly.",
+    ("plan", "language", "item"),
+    (
+        Column("plan", STR, "reference, or a row of SETS"),
+        Column("language", STR, "language of the question"),
+        Column("item", STR, "task and number"),
+        Column("acc", FLOAT, "1 = right"),
+    ),
+)
 PROTECTED = Table(
     "protected",
     "Every unit that can be protected: what it costs, what it saves alone, and how often it is selected.",
@@ -769,7 +780,7 @@ TABLES = {
     for table in (
         INVENTORY, TOKENS, ITEMS, READINGS, MOMENTS, SWEEP, SENSITIVITY, EMBEDDINGS, LAW, RESIDUALS, COSTS, PLAN, PLANS,
         TUNED, TUNED_OPTIONS, EVOLUTION, CHECKPOINTS, EXPORTS, COST, EVALUATE, RESPONSES, SAMPLES, OUTCOMES, HUMANEVAL,
-        GATES, GOODHART, PHASE, CONTROLS, SUCCESS, BACKENDS, POSITION, CRITERIA, SENTENCES, SETS, ARMS, PROTECTED,
-        SYNERGY, FAIRNESS,
+        GATES, GOODHART, PHASE, CONTROLS, SUCCESS, BACKENDS, POSITION, CRITERIA, SENTENCES, SETS, ARMS, ANSWERS,
+        PROTECTED, SYNERGY, FAIRNESS,
     )
 }  # fmt: skip
