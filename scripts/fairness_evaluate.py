@@ -14,7 +14,11 @@ from bitalloc.tables import ANSWERS, ARMS, INVENTORY, ITEMS, PARALLEL, PLAN, PLA
 
 
 def main(*, inputs: dict[str, Path], settings: Config, remote_code: bool, outputs: dict[str, Path]) -> None:
-    text, items, inventory = PARALLEL.read(inputs["text"]), ITEMS.read(inputs["items_table"]), INVENTORY.read(inputs["inventory"])
+    text, items, inventory = (
+        PARALLEL.read(inputs["text"]),
+        ITEMS.read(inputs["items_table"]),
+        INVENTORY.read(inputs["inventory"]),
+    )
     experiments = open_experiments(inputs["checkpoint"], inputs["inventory"], inputs["moments"], settings)
     items = languages.asked(items, text)
     bench = languages.bench(experiments, inventory, text, settings, items=items, remote_code=remote_code)

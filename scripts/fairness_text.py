@@ -20,9 +20,7 @@ def main(*, path_to_checkpoint: Path, settings: Config, path_to_text: Path) -> N
         text = languages.read(Path(where), asked.languages, **drawn)
     else:
         text = languages.built_in(asked.languages, **drawn)
-    text = languages.tokenise(
-        languages.split(text, seed=settings.seed), load_tokenizer(folder), read_config(folder)
-    )
+    text = languages.tokenise(languages.split(text, seed=settings.seed), load_tokenizer(folder), read_config(folder))
     PARALLEL.write(text[[column.name for column in PARALLEL.columns]], path_to_text)
 
 

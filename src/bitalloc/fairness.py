@@ -437,6 +437,16 @@ class Search:
                 return None
         return found
 
+    def promising(self, objective: Callable[[np.ndarray], float]) -> Set:
+        """The set that greedy steps by `predict` alone end at, the best on the way; nothing is measured."""
+        now, best = frozenset[str](), frozenset[str]()
+        steps = [frozenset([unit]) for unit in self.units.added]
+        steps += [frozenset(pair) for pair in itertools.combinations(self.units.added, 2) if self.measured(pair)]
+        while ahead := {now | step for step in steps if not step <= now and self.fits(now | step)}:
+            now = min(ahead, key=lambda each: (objective(self.predict(each)), self.units.name(each)))
+            best = min(best, now, key=lambda each: objective(self.predict(each)))
+        return best
+
     def predict(self, protected: Set) -> np.ndarray:
         """Relative damage [L] by singles and measured pairs."""
         if self.measured(protected):

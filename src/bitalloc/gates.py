@@ -25,7 +25,13 @@ if TYPE_CHECKING:
 ROUTES = {"fit": ("law", "interpolation"), "allocate": ("optimal", "near_uniform")}  # gate -> (route, fallback)
 STEEP_BPW = (2.4, 2.7)  # bits a weight where allocation has something to win: the pilot's budget
 PILOT_GAIN = 0.05  # share of PPL that passes for the pilot whatever was recovered
-_COMPARISONS = {"completeness": ">=", "optimal_recovery": ">=", "predicted_bytes": "<=", "downstream": "<=", "languages": ">="}
+_COMPARISONS = {
+    "completeness": ">=",
+    "optimal_recovery": ">=",
+    "predicted_bytes": "<=",
+    "downstream": "<=",
+    "languages": ">=",
+}
 _REFUSED = {">": "<=", ">=": "<", "<=": ">"}
 
 

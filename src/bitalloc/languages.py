@@ -360,6 +360,7 @@ def study(
     seeds: int = SEEDS,
     resamples: int = 1000,
     seed: int = 0,
+    progress: Progress | None = None,
 ) -> Study:
     """Read what must be read: the sweep of units and pairs, the search, and what the fair set is compared with.
 
@@ -369,7 +370,8 @@ def study(
     units = bench.units
     units.require(budget, asked)
     count = len(units.added)
-    progress = Progress("sweep", 2 + 2 * count + min(pairs, count * (count - 1) // 2), unit="plans")
+    progress = progress or Progress("sweep", 0, unit="plans")
+    progress.total = 2 + 2 * count + min(pairs, count * (count - 1) // 2)  # the search adds to it
     frames = [_read(bench, REFERENCE, "select", progress), bench.sentences(REFERENCE, "report")]
     # the report split says which languages are floored; its other scores choose nothing
     damage, _ = fairness.Damage.both(pd.concat(frames), resamples=resamples, seed=seed)
@@ -394,6 +396,7 @@ def study(
     search.measure(units.parse(plan) for plan in plans)
     frames += [bench.sentences(plan, "report") for plan in plans]
     answers = None
+    progress.total = progress.done
     if bench.items is not None and len(bench.items):
         answers = pd.concat([bench.answers(plan) for plan in (REFERENCE, *plans)], ignore_index=True)
     read_plans = [plan for plan in damage.nll if plan != REFERENCE]

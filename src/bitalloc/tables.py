@@ -751,6 +751,17 @@ ARMS = Table(
         Column("note", STR, "how it came about"),
     ),
 )
+ANSWERS = Table(
+    "answers",
+    "Multiple-choice items by language: which of them every arm answers rightly.",
+    ("plan", "language", "item"),
+    (
+        Column("plan", STR, "reference, or a row of SETS"),
+        Column("language", STR, "language of the question"),
+        Column("item", STR, "task and number"),
+        Column("acc", FLOAT, "1 = right"),
+    ),
+)
 PROTECTED = Table(
     "protected",
     "Every unit that can be protected: what it costs, what it saves alone, and how often it is selected.",
