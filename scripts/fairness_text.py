@@ -13,14 +13,14 @@ from bitalloc.tables import PARALLEL
 
 def main(*, path_to_checkpoint: Path, settings: Config, path_to_text: Path) -> None:
     asked, folder = settings.fairness, open_checkpoint(path_to_checkpoint).path
-    drawn = {"sentences": asked.sentences, "seed": settings.seed}
     if asked.text:
         if (where := expand(asked.text)) is None:
-            raise BitallocError(f"fairness.text is {asked.text}: that environment variable is not set")
-        text = languages.read(Path(where), asked.languages, **drawn)
+            raise BitallocError(f"fairness.text is {asked.text}, but that environment variable is not set")
+        text = languages.read(Path(where), asked.languages)
     else:
-        text = languages.built_in(asked.languages, **drawn)
-    text = languages.tokenise(languages.split(text, seed=settings.seed), load_tokenizer(folder), read_config(folder))
+        text = languages.built_in(asked.languages)
+    text = languages.tokenise(text, load_tokenizer(folder), read_config(folder))
+    text = languages.split(text, sentences=asked.sentences, seed=settings.seed)
     PARALLEL.write(text[[column.name for column in PARALLEL.columns]], path_to_text)
 
 

@@ -604,7 +604,7 @@ def fairness(
                 own = damage.excess(plan, base=of[base])
                 ends = {"value": own.value, "lo": own.lo, "hi": own.hi, "n": damage.units, "status": "ok"}
                 found.append({"split": "report", "language": ENGLISH, "metric": f"excess_over_{base}", **ends})
-        if answers is not None:
+        if answers is not None and len(answers):
             found += _accuracy(answers, plan, damage, resamples=resamples, seed=seed)
         rows += [place | row for row in found]
     rows += _random(damage, arms, fair)
@@ -644,6 +644,15 @@ def _accuracy(answers: pd.DataFrame, plan: str, damage: Damage, *, resamples: in
             place = {"split": "items", "language": language, "metric": metric}
             rows.append(place | {"value": value, "lo": lo, "hi": hi, "n": n, "status": "ok"})
     return rows
+
+
+def conditions(sets: pd.DataFrame, arms: pd.DataFrame) -> str:
+    """What was rounded, what was protected, and within how many bytes, in one line."""
+    first, budget = sets.iloc[0], arms.iloc[0]
+    return (
+        f"{first['model']}: {first['low']}, one scale a row; protected units {first['high']}; "
+        f"budget {budget['budget']} = {int(budget['budget_nbytes']):,} bytes"
+    )
 
 
 def _frame(table: Any, rows: Sequence[Row]) -> pd.DataFrame:

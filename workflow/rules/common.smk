@@ -283,7 +283,14 @@ def fairness_allocation(wildcards):
     """Parameter function: the sections of `allocate`, with the plans that are compared by language and no others."""
     whole = section("allocate", "export", "sensitivity", "sweep", "fairness", "seed")(wildcards)
     strategies = ["uniform", "optimal", *Spoken.STRATEGIES]
-    plans = {"strategies": strategies, "runners_up": 0, "pool": whole["fairness"]["seeds"], "arms": [], "rules": [], "plans": []}
+    plans = {
+        "strategies": strategies,
+        "runners_up": 0,
+        "pool": whole["fairness"]["seeds"],
+        "arms": [],
+        "rules": [],
+        "plans": [],
+    }
     return whole | {"allocate": whole["allocate"] | plans}
 
 

@@ -62,6 +62,32 @@ use rule allocate as fairness_allocate with:
         code=code("allocate"),
 
 
+rule fairness_sweep:
+    input:
+        checkpoint="results/{model}/checkpoint.json",
+        inventory="results/{model}/inventory.parquet",
+        items_table="results/{model}/items.parquet",
+        text="results/{model}/fairness/text.parquet",
+    output:
+        sentences="results/{model}/fairness/sentences.parquet",
+        sets="results/{model}/fairness/sets.parquet",
+        arms="results/{model}/fairness/arms.parquet",
+        answers="results/{model}/fairness/answers.parquet",
+    log:
+        "logs/{model}/fairness_sweep.log",
+    conda:
+        "../../envs/bitalloc.yaml"
+    threads: threads
+    resources:
+        gpu=gpu,
+    params:
+        settings=section("fairness", "evaluate", "store", "device", "seed"),
+        sheet=sheet,
+        code=code("languages", "quant_fairness"),
+    script:
+        "../../scripts/fairness_sweep.py"
+
+
 rule fairness_evaluate:
     input:
         checkpoint="results/{model}/checkpoint.json",
@@ -72,10 +98,9 @@ rule fairness_evaluate:
         plans="results/{model}/fairness/plans.parquet",
         folder="results/{model}/fairness/plans",
     output:
-        sentences="results/{model}/fairness/sentences.parquet",
-        sets="results/{model}/fairness/sets.parquet",
-        arms="results/{model}/fairness/arms.parquet",
-        answers="results/{model}/fairness/answers.parquet",
+        sentences="results/{model}/fairness/plans.sentences.parquet",
+        arms="results/{model}/fairness/plans.arms.parquet",
+        answers="results/{model}/fairness/plans.answers.parquet",
     log:
         "logs/{model}/fairness_evaluate.log",
     conda:
@@ -86,7 +111,7 @@ rule fairness_evaluate:
     params:
         settings=section("fairness", "evaluate", "sweep", "store", "device", "seed"),
         sheet=sheet,
-        code=code("languages", "evaluate", "quant_fairness"),
+        code=code("languages", "evaluate"),
     script:
         "../../scripts/fairness_evaluate.py"
 
@@ -98,17 +123,23 @@ rule fairness:
         arms="results/{model}/fairness/arms.parquet",
         answers="results/{model}/fairness/answers.parquet",
         plans="results/{model}/fairness/plans.parquet",
+        plan_sentences="results/{model}/fairness/plans.sentences.parquet",
+        plan_arms="results/{model}/fairness/plans.arms.parquet",
+        plan_answers="results/{model}/fairness/plans.answers.parquet",
     output:
         table="results/{model}/fairness.parquet",
-        protected="results/{model}/protected.parquet",
-        synergy="results/{model}/synergy.parquet",
+        protected="results/{model}/fairness/protected.parquet",
+        synergy="results/{model}/fairness/synergy.parquet",
         figure=report("results/{model}/fairness.png", caption="../report/fairness.rst", category="fairness"),
+        allocation=report(
+            "results/{model}/fairness_plans.png", caption="../report/fairness_plans.rst", category="fairness"
+        ),
     log:
         "logs/{model}/fairness.log",
     conda:
         "../../envs/bitalloc.yaml"
     params:
-        settings=section("fairness", "evaluate", "seed"),
+        settings=section("fairness", "seed"),
         code=code("fairness", "figures"),
     script:
         "../../scripts/fairness.py"
