@@ -72,7 +72,7 @@ def fairness_plans(table: pd.DataFrame, path: Path) -> None:
     height, width = 2 * LINE * len(arms) + 2.5, max(7.0, 1.6 + 3.4 * len(budgets))
     n = int(worst["n"].max())
     footer = (
-        "Relative damage: nats that aligned sentences cost more, as a share of what they cost the unquantised model, of "
+        "Relative damage: nats that aligned sentences cost more, as a share of what the unquantised model needs, of "
         f"the language that loses most. Lines: 95 % intervals, joint bootstrap of {n} groups of sentences of the "
         "report split; ticks: random plans. Chosen on other sentences; all plans within the same bytes."
     )
