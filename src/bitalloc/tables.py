@@ -237,6 +237,20 @@ SENSITIVITY = Table(
         Column("rel_error", FLOAT, "rel_error of the probe option"),
     ),
 )
+LANGUAGES = Table(
+    "languages",
+    "What a unit of relative error in one matrix costs each language, on the select half of the parallel text.",
+    ("model", "layer", "language"),
+    (
+        _MODEL,
+        _LAYER,
+        Column("language", STR, "as its text is named, e.g. he"),
+        Column("signal", STR, "as in SENSITIVITY"),
+        Column("coefficient", FLOAT, "nats a token of this language for each unit of rel_error"),
+        Column("reference_nll_nats_per_token", FLOAT, "what the reference needs for this language"),
+        Column("floor", BOOL, "the reference is no better than a byte-unigram model: no plan is judged by it"),
+    ),
+)
 EMBEDDINGS = Table(
     "embeddings",
     "What the embedding and a head of its own cost at fewer bits, each measured by itself.",
@@ -349,13 +363,13 @@ EVOLUTION = Table(
         Column("evaluations", INT, "genomes tried up to here, at whatever stage"),
     ),
 )
-ARMS = ("component", "leaked")  # for one analysis each
+ASIDE = ("component", "leaked")  # arms for one analysis each
 FREE = ("position", "file")  # plans by rule and of the user's own: at no equal-byte budget
 
 
 def without_arms(plans: pd.DataFrame) -> pd.DataFrame:
     """PLANS that compete at equal bytes: without those that keep to no budget or have seen the report windows."""
-    return plans[~plans["strategy"].str.fullmatch("|".join(rf"{arm}(_\d+)?" for arm in (*ARMS, *FREE)))]
+    return plans[~plans["strategy"].str.fullmatch("|".join(rf"{arm}(_\d+)?" for arm in (*ASIDE, *FREE)))]
 
 
 TUNED = Table(
@@ -775,12 +789,4 @@ FAIRNESS = Table(
     ),
 )
 
-TABLES = {
-    table.name: table
-    for table in (
-        INVENTORY, TOKENS, ITEMS, READINGS, MOMENTS, SWEEP, SENSITIVITY, EMBEDDINGS, LAW, RESIDUALS, COSTS, PLAN, PLANS,
-        TUNED, TUNED_OPTIONS, EVOLUTION, CHECKPOINTS, EXPORTS, COST, EVALUATE, RESPONSES, SAMPLES, OUTCOMES, HUMANEVAL,
-        GATES, GOODHART, PHASE, CONTROLS, SUCCESS, BACKENDS, POSITION, CRITERIA, SENTENCES, SETS, ARMS, ANSWERS,
-        PROTECTED, SYNERGY, FAIRNESS,
-    )
-}  # fmt: skip
+TABLES = {table.name: table for table in list(globals().values()) if isinstance(table, Table)}
