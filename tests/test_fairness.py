@@ -150,6 +150,7 @@ def test_a_language_at_the_floor_is_flagged_and_not_ranked():
     assert damage.floor == ("he",)
     rows = pd.DataFrame(damage.rows(NONE)).set_index(["language", "metric"])
     assert rows.loc[("all", "worst_rel"), "value"] == pytest.approx(0.1)  # not 2
+    assert rows.loc["all"].loc[["gap", "ratio"], "value"].isna().all()  # of one language
     assert set(rows.loc["he", "status"]) == {"floor"}
     bits, unigram = fairness.Damage(frame, "select").bits_per_byte()["he"]
     assert bits > unigram

@@ -161,9 +161,10 @@ class Damage:
             raise BitallocError(f"no scores of the reference on the {split} split; run `quant-fairness sweep` first")
         self.languages = tuple(dict.fromkeys(reference["language"]))
         self.split, self.model = split, str(reference["model"].iloc[0])
-        self._of = {name: self._wide(reference, name) for name in ("ntokens", "nbytes", "nchars", "unigram_nats")}
-        self.reference_LI = self._wide(reference, "nll_nats")
-        group_I = reference.drop_duplicates("sentence").sort_values("sentence")["group"].to_numpy()
+        self.sentences = np.unique(reference["sentence"])
+        wide = self._wide(reference)
+        self._of = {name: wide(name) for name in ("ntokens", "nbytes", "nchars", "unigram_nats")}
+        self.reference_LI, group_I = wide("nll_nats"), wide("group")[0]
         self.units = units_drawn(group_I)
         self.counts_RI = resample(group_I, resamples, np.random.default_rng([seed, *split.encode()])).astype(float)
         self._sums_RL = self.counts_RI @ self.reference_LI.T
@@ -181,19 +182,21 @@ class Damage:
         report = cls(sentences, "report", **how)
         return cls(sentences, "select", floor=report.floor, **how), report
 
-    def _wide(self, rows: pd.DataFrame, name: str) -> np.ndarray:
-        wide = rows.pivot(index="language", columns="sentence", values=name).loc[list(self.languages)].to_numpy(float)
-        if np.isnan(wide).any():
-            raise BitallocError(f"{self.split}: some sentences are missing in some languages; sweep again")
-        return wide
+    def _wide(self, rows: pd.DataFrame) -> Callable[[str], np.ndarray]:
+        """Column -> [L, I]; raises `BitallocError` unless every language has every sentence, once."""
+        code_N = rows["language"].map({language: n for n, language in enumerate(self.languages)}).to_numpy()
+        sentence_N = rows["sentence"].to_numpy()
+        order_N = np.lexsort((sentence_N, code_N))
+        shape = len(self.languages), len(self.sentences)
+        if not np.array_equal(sentence_N[order_N], np.tile(self.sentences, shape[0])):
+            raise BitallocError(
+                f"{self.split}, plan {rows['plan'].iloc[0]}: some sentences are missing in some languages; sweep again"
+            )
+        return lambda name: rows[name].to_numpy(dtype=float)[order_N].reshape(shape)
 
     def add(self, plan: str, rows: pd.DataFrame) -> None:
         """SENTENCES of another plan; raises `BitallocError` when its sentences are not the reference's."""
-        nll_LI = self._wide(rows, "nll_nats")
-        if nll_LI.shape != self.reference_LI.shape:
-            here, there = nll_LI.shape[1], self.reference_LI.shape[1]
-            raise BitallocError(f"{self.split}: plan {plan} has {here} sentences, the reference {there}; sweep again")
-        self.nll[plan] = nll_LI
+        self.nll[plan] = self._wide(rows)("nll_nats")
 
     def relative(self, plan: str) -> tuple[np.ndarray, np.ndarray]:
         """Relative damage of each language, [L], and in every resample, [R, L]."""
@@ -263,10 +266,11 @@ class Damage:
     def _over(self, plan: str) -> list[Row]:
         value_L, value_RL = self.relative(plan)
         value_L, value_RL = value_L[self.ranked], value_RL[:, self.ranked]
-        rows = [
-            self._row(ALL, "worst_rel", worst_rel(value_L), value_RL.max(1)),
-            self._row(ALL, "gap", gap(value_L), np.ptp(value_RL, axis=1)),
-        ]
+        rows = [self._row(ALL, "worst_rel", worst_rel(value_L), value_RL.max(1))]
+        if len(self.ranked) < 2:
+            alone = "undefined: one language is ranked"
+            return rows + [self._row(ALL, metric, math.nan, np.zeros(1), alone) for metric in ("gap", "ratio")]
+        rows.append(self._row(ALL, "gap", gap(value_L), np.ptp(value_RL, axis=1)))
         lo_L = [self.estimate(value, value_R).lo for value, value_R in zip(value_L, value_RL.T, strict=True)]
         found = ratio(value_L, lo_L)
         if found is None:

@@ -13,6 +13,7 @@ Legend: L languages, I sentences; W_OI a matrix of O outputs and I inputs.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,7 +120,8 @@ def tokenise(text: pd.DataFrame, tokenizer: Tokenizer, config: Mapping[str, Any]
     """The text with `tokens` (the beginning, then the sentence) and what SENTENCES says of every sentence.
 
     `config`: config.json of the model. Raises `BitallocError` for a tokenizer that loses over 1 % of a
-    language's characters, a sentence longer than the context, and a text that does not fill one.
+    language's characters, and a text that does not fill one context. Sentences that do not fit the context in some
+    language are left out of all, and said.
     """
     start = config.get("bos_token_id") if config.get("bos_token_id") is not None else config.get("eos_token_id")
     start = start[0] if isinstance(start, list) else start
@@ -135,11 +137,6 @@ def tokenise(text: pd.DataFrame, tokenizer: Tokenizer, config: Mapping[str, Any]
                 "out, or take a model that can spell it"
             )
         sizes = [len(encoding.ids) for encoding in encodings]
-        if context is not None and max(sizes) > context:
-            line = part["sentence"].iloc[int(np.argmax(sizes))]
-            raise BitallocError(
-                f"{language}: sentence {line + 1} takes {max(sizes)} tokens, the model {context}; shorten it"
-            )
         if context is not None and sum(sizes) < min(context, WINDOW):
             raise BitallocError(
                 f"{language}: the text has {sum(sizes)} tokens, fewer than one context of {min(context, WINDOW)}; give "
@@ -156,7 +153,13 @@ def tokenise(text: pd.DataFrame, tokenizer: Tokenizer, config: Mapping[str, Any]
     largest, vocabulary = max(max(ids) for ids in pd.concat(parts)["tokens"]), config.get("vocab_size")
     if vocabulary is not None and largest >= vocabulary:
         raise BitallocError(f"the tokenizer gives token {largest}, config.json has {vocabulary}; it is another model's")
-    return pd.concat(parts, ignore_index=True)
+    found = pd.concat(parts, ignore_index=True)
+    if context is not None and (found["ntokens"] >= context).any():  # the beginning takes one
+        long = found.loc[found["ntokens"] >= context, "sentence"].unique()
+        told = f"{len(long):,} of {found['sentence'].nunique():,} sentences do not fit the context of {context} tokens"
+        print(f"[sweep] {told} in some language; they are left out", file=sys.stderr, flush=True)
+        found = found[~found["sentence"].isin(long)].reset_index(drop=True)
+    return found
 
 
 def _lost(tokenizer: Tokenizer, texts: Sequence[str], encodings: Sequence[Any]) -> float:

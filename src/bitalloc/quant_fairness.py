@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -257,10 +258,10 @@ def _tell(where: Path | None, told: dict[str, Any], lines: Sequence[str]) -> Non
     if where is not None:
         text = json.dumps(json.loads(canonical(told)), indent=1)
         if str(where) == "-":
-            print(text)
+            print(text, flush=True)
             return
         write_atomically(where, (text + "\n").encode())
-    print("\n".join(lines))
+    print("\n".join(lines), flush=True)
 
 
 def _interval(row: Any) -> str:
@@ -411,6 +412,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nquant-fairness: interrupted; the same command goes on where it was", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader of the table, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     return 0
 
 
