@@ -22,7 +22,7 @@ import yaml
 from numpy.typing import NDArray
 
 from bitalloc import precision
-from bitalloc.config import Allocate, Bits, Config, Sweep, parse_bytes
+from bitalloc.config import Allocate, Bits, Config, Sweep, budget_slug, parse_bytes, tuned_from
 from bitalloc.errors import BitallocError
 from bitalloc.families import FUSED
 from bitalloc.formats.carried import carries, rest_nbytes
@@ -56,16 +56,6 @@ class Budget:
     @property
     def slug(self) -> str:
         return budget_slug(self.text)
-
-
-def budget_slug(text: str) -> str:
-    """The budget in the names of plans.
-
-    >>> budget_slug("2.6bpw"), budget_slug("8 GB"), budget_slug("uniform 3b  g64 r8"), budget_slug("8GB context 4096")
-    ('2.6bpw', '8GB', 'uniform-3b-g64-r8', '8GB-context-4096')
-    """
-    text = " ".join(text.split())
-    return text.replace(" ", "-") if text.startswith("uniform") or " context " in text else text.replace(" ", "")
 
 
 def build(
@@ -516,17 +506,6 @@ def tuned(
             rows.append({**row, "plan": name, "strategy": title, "note": note})
             chosen[name] = frames[row["plan"]]
     return pd.DataFrame(rows, columns=plans.columns).astype(plans.dtypes), chosen
-
-
-def tuned_from(strategy: str) -> str | None:
-    """The strategy whose map a tuned one keeps; None for one that is not tuned.
-
-    >>> tuned_from("tuned"), tuned_from("tuned_uniform"), tuned_from("best")
-    ('best', 'uniform', None)
-    """
-    if strategy != "tuned" and not strategy.startswith("tuned_"):
-        return None
-    return strategy.removeprefix("tuned").removeprefix("_") or "best"
 
 
 def write_overrides(plan: pd.DataFrame, row: Mapping[str, Any]) -> str:
