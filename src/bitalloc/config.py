@@ -25,6 +25,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Bits = Literal[2, 3, 4, 8, 16]
 Rule = Literal["all_high", "all_low", "early", "early_0", "middle", "late", "last", "champion"]
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int4", "int3", "int2"]
+SPOKEN = ("fair", "english")  # strategies that ask what a plan costs each language
 
 
 class Section(BaseModel):
@@ -633,6 +634,27 @@ def parse_bytes(text: str) -> int:
     if match[2].lower() not in units:
         raise BitallocError(f"unknown unit {match[2]!r} in {text!r}: {nearest(match[2], list(_UNITS)[1:])}")
     return round(float(match[1]) * units[match[2].lower()])
+
+
+def budget_slug(text: str) -> str:
+    """The budget in the names of plans.
+
+    >>> budget_slug("2.6bpw"), budget_slug("8 GB"), budget_slug("uniform 3b  g64 r8"), budget_slug("8GB context 4096")
+    ('2.6bpw', '8GB', 'uniform-3b-g64-r8', '8GB-context-4096')
+    """
+    text = " ".join(text.split())
+    return text.replace(" ", "-") if text.startswith("uniform") or " context " in text else text.replace(" ", "")
+
+
+def tuned_from(strategy: str) -> str | None:
+    """The strategy whose map a tuned one keeps; None for one that is not tuned.
+
+    >>> tuned_from("tuned"), tuned_from("tuned_uniform"), tuned_from("best")
+    ('best', 'uniform', None)
+    """
+    if strategy != "tuned" and not strategy.startswith("tuned_"):
+        return None
+    return strategy.removeprefix("tuned").removeprefix("_") or "best"
 
 
 def expand(text: str) -> str | None:

@@ -14,15 +14,13 @@ from snakemake_interface_executor_plugins.settings import ExecMode
 
 from bitalloc import config as configuration
 from bitalloc import provenance
-from bitalloc.allocate import tuned_from
-from bitalloc.budget import budget_slug
+from bitalloc.config import SPOKEN, budget_slug, tuned_from
 from bitalloc.errors import BitallocError, nearest
 from bitalloc.execute import REFERENCE, permit
 from bitalloc.families import family
 from bitalloc.gates import read_verdict
 from bitalloc.option import options
 from bitalloc.store import Store, write_atomically
-from bitalloc.strategies.fair import Spoken
 from bitalloc.sweep import units
 
 # the maths library takes fewer threads on a busy machine unless told not to, and then last digits differ
@@ -275,14 +273,14 @@ def leaked(name):
 
 def languages(wildcards):
     """Input function: what every matrix costs each language, where a strategy asks for it."""
-    asked = set(settings(wildcards.model).allocate.strategies) & set(Spoken.STRATEGIES)
+    asked = set(settings(wildcards.model).allocate.strategies) & set(SPOKEN)
     return f"results/{wildcards.model}/languages.parquet" if asked else []
 
 
 def fairness_allocation(wildcards):
     """Parameter function: the sections of `allocate`, with the plans that are compared by language and no others."""
     whole = section("allocate", "export", "sensitivity", "sweep", "fairness", "seed")(wildcards)
-    strategies = ["uniform", "optimal", *Spoken.STRATEGIES]
+    strategies = ["uniform", "optimal", *SPOKEN]
     plans = {
         "strategies": strategies,
         "runners_up": 0,
