@@ -231,7 +231,7 @@ class Tune(Section):
     )
     windows: Positive = Field(128, description="calibrate windows that are learned on, drawn by seed; all if fewer")
     holdout: Share = Field(0.125, description="share of them that only judges the iterates")
-    batch: Positive = Field(8, description="windows a step")
+    batch: Positive = Field(4, description="windows a step")
     polish: Annotated[int, Field(ge=0)] = Field(
         200,
         description="steps through the whole model, against the KL of its predictions; 0: none. In memory: the model "
@@ -242,7 +242,7 @@ class Tune(Section):
     )
     polish_optimizer: Literal["sign", "adam"] = Field("adam", description="signed gradient descent, or Adam")
     polish_rate: Annotated[float, Field(gt=0)] | None = Field(
-        0.001, description="of the first of them; null: 1 / polish"
+        0.0003, description="of the first of them; null: 1 / polish"
     )
     sample: Positive = Field(32, description="blocks at one option that are learned for tune.png, drawn by seed")
 
