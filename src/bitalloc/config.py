@@ -329,6 +329,29 @@ class Analyze(Section):
     )
 
 
+class Schemes(Section):
+    names: list[str] = Field(
+        [
+            "bf16", "fp16", "w8a8", "w8a8@torchao", "w4a8", "w4a8+asym", "w4a8+asym@torchao", "w4a8+gptq",
+            "w4a8+gptq+online", "w4a8+gptq+online+dp", "w4a4", "w4a4@compressed-tensors", "w4a4+rtn", "w4a4+gptq",
+            "w4a4+static", "w4a4+asym", "w4a4+online", "w4a4+folded", "w4a4+dp", "w4a4+gptq+online",
+            "w4a4+gptq+online+folded", "w4a4+gptq+online+folded+dp", "w4a4+online+folded+dp",
+            "w4a4+online+folded+dp+gptq", "w4a4+gptq+folded+dp", "w4a4+gptq+folded+dp+online", "w4a4+gptq+online+dp",
+            "w4a4+gptq+online+dp+folded",
+        ],
+        description="schemes of weights and activations that are scored, as bitalloc/scheme.py names them; each is "
+        "held against the one without what its name says last",
+    )  # fmt: skip
+    layerwise: list[str] = Field(["w4a4"], description="schemes whose modules are quantised, and spared, one by one")
+    group_size: Positive | None = Field(
+        None, description="weights along the input that share one scale; null: all of a row"
+    )
+    percentile: Annotated[float, Field(gt=0, le=100)] = Field(
+        99.9, description="of |x|, percent: what `static` does not clip"
+    )
+    windows: Positive = Field(64, description="calibrate windows that are read, evenly over all")
+
+
 class Report(Section):
     authors: list[str] = Field([], description="author line of the paper; none: bitalloc")
 
@@ -497,6 +520,7 @@ class Config(Section):
     evaluate: Evaluate = Field(default_factory=Evaluate)
     humaneval: HumanEval = Field(default_factory=HumanEval)
     analyze: Analyze = Field(default_factory=Analyze)
+    schemes: Schemes = Field(default_factory=Schemes)
     report: Report = Field(default_factory=Report)
     backends: Backends = Field(default_factory=Backends)
     gates: Gates = Field(default_factory=Gates)
