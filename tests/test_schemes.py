@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from bitalloc import schemes
 from bitalloc.errors import BitallocError
+from bitalloc.models import load_model
 from bitalloc.scheme import LADDER, Scheme
 from bitalloc.schemes import Calibration, QuantLinear, apply, calls, scope
 from tests.random_models import BLOCKS, VOCABULARY, build
@@ -142,6 +147,18 @@ def test_static_scale_clips_what_is_beyond_the_percentile() -> None:
     assert rounded.abs().max().item() == pytest.approx(largest, rel=0.01)
 
 
+@pytest.mark.parametrize("name", ["w16a2", "w16a2+asym"])
+def test_a_clipped_range_is_better_where_codes_are_few(name: str) -> None:
+    errors = {}
+    for technique in ("", "+clip"):
+        model = build("mamba2")
+        apply(model, name + technique, calibration=IDS)
+        module = model.backbone.layers[0].mixer.out_proj
+        x_TI = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+        errors[technique] = float((module.activation(x_TI) - x_TI).square().mean())
+    assert errors["+clip"] < errors[""]
+
+
 def test_a_calibration_is_shared_and_a_rotated_stream_has_its_own() -> None:
     shared = Calibration(build("mamba2"), IDS)
     for name in ("w4a4+gptq+static", "w4a4+gptq+folded"):
@@ -191,6 +208,31 @@ def test_simulation_is_near_torchao(name: str, difference: float) -> None:
     assert (ours - theirs).norm() < difference * ours.norm()
     errors = [float((logits - before).norm()) for logits in (ours, theirs)]
     assert errors[0] == pytest.approx(errors[1], rel=0.15)
+
+
+def test_int_quantized_checkpoint_of_mamba2_loads_in_plain_transformers(tmp_path: Path) -> None:
+    model, original = build("mamba2"), build("mamba2")
+    apply(model, "w4a4@compressed-tensors")
+    original.save_pretrained(tmp_path)
+    tensors = {name: tensor.clone() for name, tensor in original.state_dict().items()}
+    for layer in LAYERS:
+        module = model.get_submodule(layer)
+        tensors[f"{layer}.weight"] = (module.weight / module.weight_scale).round().to(torch.int8)
+        tensors[f"{layer}.weight_scale"] = module.weight_scale.clone()
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    raw = json.loads((tmp_path / "config.json").read_text())
+    four = {"num_bits": 4, "type": "int", "symmetric": True}
+    group = {
+        "targets": LAYERS,
+        "weights": {**four, "strategy": "channel", "dynamic": False},
+        "input_activations": {**four, "strategy": "token", "dynamic": True},
+    }
+    how = {"quant_method": "compressed-tensors", "format": "int-quantized", "quantization_status": "compressed"}
+    raw["quantization_config"] = {**how, "ignore": ["lm_head"], "config_groups": {"group_0": group}}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    loaded = load_model(tmp_path, device=torch.device("cpu"))
+    assert (logits(loaded) - logits(model)).norm() < 1e-5 * logits(model).norm()
+    assert (logits(original) - logits(model)).norm() > 0.1 * logits(model).norm()
 
 
 def test_refusals_are_one_line() -> None:

@@ -58,6 +58,7 @@ class Bench:
         self.path, self.settings, self.store, self.device = path, settings, store, device
         self.seed, self.remote_code = seed, remote_code
         self.draws = {"resamples": evaluate.resamples, "seed": seed}
+        self.nbytes = int(inventory.loc[inventory["claimed"], "nbytes"].sum())  # of the unquantised matrices
         scored = tokens[tokens["split"] == split]
         self.windows = Windows(scored, batch=evaluate.batch, device=device, stride=evaluate.stride)
         self.calibrate = spread(tokens, settings.windows)
@@ -134,8 +135,7 @@ def ladder(bench: Bench) -> pd.DataFrame:
 
 def _reference(bench: Bench) -> JSON:
     weights = sum(matrix.rows * matrix.columns for matrix in bench.scope.matrices)
-    size = bench.model.dtype.itemsize
-    told = {"nbytes": size * weights, "weights": weights, "rotations": 0, "bits": {}}
+    told = {"nbytes": bench.nbytes, "weights": weights, "rotations": 0, "bits": {}}
     return {"status": MEASURED, **told, **bench.scores(bench.model)}
 
 

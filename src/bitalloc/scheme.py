@@ -23,6 +23,7 @@ TECHNIQUES = {
     "gptq": "the same, and errors fed forward (GPTQ)",
     "static": "activations: one calibrated scale for each tensor, at a percentile",
     "asym": "activations: with a zero point",
+    "clip": "activations: a share of the largest value sets a token's scale, the best on the calibrated inputs",
     "online": "Hadamard rotation of the input of the last matrix of a mixer or MLP, at run time: an extra operation",
     "folded": "Hadamard rotation of the residual stream, folded into the weights: exact, at no cost",
     "dp": "bits of the weights per unit, 2 to 8, by the exact solver, at no more bytes than uniform",
@@ -70,11 +71,11 @@ class Scheme:
         if (backend or "simulated") not in BACKENDS:
             raise BitallocError(f"scheme {name!r}: unknown backend {backend!r}: {nearest(backend, BACKENDS)}")
         bits = (int(match[1]), int(match[2])) if match else (16, 16)
-        idle = {"weights": {"rtn", "gptq", "dp"}, "activations": {"static", "asym"}}
+        idle = {"weights": {"rtn", "gptq", "dp"}, "activations": {"static", "asym", "clip"}}
         for (what, named), width in zip(idle.items(), bits, strict=True):
             if width == 16 and (found := named & set(techniques)):
                 raise BitallocError(f"scheme {name!r}: {sorted(found)[0]} is about {what}, which are of 16 bits here")
-        for pair in ({"rtn", "gptq"}, {"static", "asym"}):
+        for pair in ({"rtn", "gptq"}, {"static", "asym"}, {"static", "clip"}):
             if pair <= set(techniques):
                 raise BitallocError(f"scheme {name!r}: {' and '.join(sorted(pair))} exclude each other")
         dtype = base if base in DTYPES else "bf16"
@@ -99,8 +100,9 @@ class Scheme:
     def activations(self) -> str:
         if self.a_bits == 16:
             return self.dtype
-        how = f"static p{self.percentile:g}" if self.static else f"dynamic{' asymmetric' * (not self.symmetric)}"
-        return f"int{self.a_bits} {how}"
+        how = f"static p{self.percentile:g}" if self.static else "dynamic"
+        more = " asymmetric" * (not self.symmetric) + " clipped" * self.clipped
+        return f"int{self.a_bits} {how}{more}"
 
     @property
     def rotation(self) -> str:
@@ -119,6 +121,10 @@ class Scheme:
         return "asym" not in self.techniques
 
     @property
+    def clipped(self) -> bool:
+        return "clip" in self.techniques
+
+    @property
     def online(self) -> bool:
         return "online" in self.techniques
 
@@ -129,7 +135,7 @@ class Scheme:
     @property
     def calibrated(self) -> bool:
         """Text has to be read before the codes are known."""
-        return bool({"rtn", "gptq", "static", "dp"} & set(self.techniques))
+        return bool({"rtn", "gptq", "static", "clip", "dp"} & set(self.techniques))
 
     @property
     def against(self) -> str:

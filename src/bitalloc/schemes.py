@@ -34,7 +34,17 @@ from bitalloc.errors import BitallocError
 from bitalloc.families import FAMILIES, Family
 from bitalloc.lowrank import Factor, decompose
 from bitalloc.option import Option
-from bitalloc.quant.activation import TINY, Activation, Dynamic, Float, Static, percentile, rounded, symmetric_scale
+from bitalloc.quant.activation import (
+    TINY,
+    Activation,
+    Dynamic,
+    Float,
+    Static,
+    clipped,
+    percentile,
+    rounded,
+    symmetric_scale,
+)
 from bitalloc.quant.hadamard import Rotation
 from bitalloc.scheme import Scheme
 from bitalloc.store import digest
@@ -466,26 +476,29 @@ class _Work:
         scheme = self.scheme
         if scheme.a_bits == 16:
             return Float(DTYPE[scheme.dtype])
-        if not scheme.static:
+        if not (scheme.static or scheme.clipped):
             return Dynamic(scheme.a_bits, scheme.symmetric)
         assert self.calibration is not None
         X_SI, rotation = self.calibration.X[matrix.site].to(_device(self.model)), self._rotation(matrix)
-        return Static(scheme.a_bits, percentile(X_SI if rotation is None else rotation(X_SI), scheme.percentile))
+        X_SI = X_SI if rotation is None else rotation(X_SI)
+        if scheme.clipped:
+            return clipped(X_SI, scheme.a_bits, symmetric=scheme.symmetric)
+        return Static(scheme.a_bits, percentile(X_SI, scheme.percentile))
 
 
 def _check(scheme: Scheme) -> None:
     """Raise `BitallocError` for what a backend cannot carry."""
     name, refused = scheme.quant_backend, None
     if name == "torchao":
-        if {"rtn", "gptq", "dp", "static", "online"} & set(scheme.techniques):
+        if {"rtn", "gptq", "dp", "static", "clip", "online"} & set(scheme.techniques):
             refused = "it rounds weights and activations by their largest values, itself"
         elif scheme.a_bits != 8 or scheme.w_bits == 16:
             refused = f"it has no W{scheme.w_bits}A{scheme.a_bits}"
         elif scheme.symmetric and (scheme.w_bits < 8 or not scheme.per_channel):
             refused = "it reads activations with a zero point there: add +asym"
     elif name == "compressed-tensors":
-        if {"dp", "online"} & set(scheme.techniques):
-            refused = "a matrix has one width of codes there, and no operation before it"
+        if {"dp", "online", "clip"} & set(scheme.techniques):
+            refused = "a matrix has one width of codes there, tokens their full range, and no operation before them"
         elif 16 in (scheme.w_bits, scheme.a_bits):
             refused = "int-quantized is of integer weights and activations"
     if refused:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+CLIPS = tuple(1 - step / 20 for step in range(11))  # 1 .. 0.5
 TINY = torch.finfo(torch.float32).eps  # the smallest scale, as in torchao
 
 
@@ -46,17 +47,22 @@ def symmetric_scale(largest: Tensor, bits: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Dynamic:
-    """A scale for each token, from the token itself; `symmetric` False: with a zero point, as torchao's W4A8."""
+    """A scale for each token, from the token itself; `symmetric` False: with a zero point, as torchao's W4A8.
+
+    The scale covers the share `clip` of the token's range; what is beyond is clipped.
+    """
 
     bits: int
     symmetric: bool = True
+    clip: float = 1.0
 
     def __call__(self, x_TI: Tensor) -> Tensor:
         x = x_TI.float()
         if self.symmetric:
-            return rounded(x, symmetric_scale(x.abs().amax(-1, keepdim=True), self.bits), self.bits).to(x_TI.dtype)
+            largest = x.abs().amax(-1, keepdim=True) * self.clip
+            return rounded(x, symmetric_scale(largest, self.bits), self.bits).to(x_TI.dtype)
         low, high = span(self.bits)
-        least, most = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+        least, most = (ends * self.clip for ends in (x.amin(-1, True).clamp(max=0), x.amax(-1, True).clamp(min=0)))
         scale = ((most - least) / (high - low)).clamp(min=TINY)
         zero = (low - (least / scale).round()).clamp(low, high)
         return rounded(x, scale, self.bits, zero).to(x_TI.dtype)
@@ -84,6 +90,17 @@ class Float:
 
 
 Activation = Dynamic | Static | Float
+
+
+def clipped(x_TI: Tensor, bits: int, *, symmetric: bool) -> Dynamic:
+    """The rounding of least squared error on these tokens: the share of their range that it covers is searched.
+
+    >>> outlier = torch.cat([torch.linspace(-1, 1, 255), torch.tensor([3.0])])[None]
+    >>> clipped(outlier, 4, symmetric=True).clip < clipped(outlier[:, :-1], 4, symmetric=True).clip
+    True
+    """
+    offered = [Dynamic(bits, symmetric, clip) for clip in CLIPS]
+    return min(offered, key=lambda each: float((each(x_TI) - x_TI).square().sum()))
 
 
 def percentile(x_TI: Tensor, percent: float) -> Tensor:
