@@ -249,6 +249,10 @@ def test_refusals_are_one_line() -> None:
         apply(build("mamba2"), "w4a4+gptq")
     with pytest.raises(BitallocError, match=r"no nn\.Linear"):
         apply(build("gpt2"), "w8a8")
+    with pytest.raises(BitallocError, match="a scheme was applied"):
+        twice = build("mamba2")
+        apply(twice, "w8a8")
+        apply(twice, "w4a4")
     with pytest.raises(BitallocError, match="not folded yet"):
         apply(build("llama"), "w8a8+folded")
 

@@ -91,9 +91,9 @@ class Bench:
         rows = [torch.as_tensor(np.asarray(ids)).long() for ids in self.calibrate["tokens"]]
         return Calibration(self.model, torch.stack(rows))
 
-    def scores(self, model: Any) -> JSON:
+    def scores(self, model: Any, head: Head | None = None) -> JSON:
         """Means over the tokens of each window, of a model against the unquantised one."""
-        found = self.windows.scores(Head(model), self.windows.hidden(model), self.reference, self.head)
+        found = self.windows.scores(head or Head(model), self.windows.hidden(model), self.reference, self.head)
         if not np.isfinite(found["nll"]).all():
             raise BitallocError("a scheme makes the model's scores NaN or Inf; leave it out of the section schemes")
         return {name: found[name].tolist() for name in SCORES}

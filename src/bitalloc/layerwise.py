@@ -20,6 +20,7 @@ from bitalloc.ladder import Bench, ends, parse
 from bitalloc.progress import Progress
 from bitalloc.schemes import Matrix, QuantLinear, Scheme, apply
 from bitalloc.store import JSON, digest
+from bitalloc.suites import Head
 from bitalloc.tables import LAYERWISE
 
 ALL, QUANTISE, PROTECT = "all", "quantise", "protect"
@@ -56,7 +57,7 @@ def _parts(matrix: Matrix) -> list[_Part]:
 def _measured(
     bench: Bench, scheme: Scheme, parts: list[_Part], progress: Progress
 ) -> Iterator[tuple[str, _Part, JSON]]:
-    model: Any = None
+    model = head = None
     works = [(ALL, _Part(None, ALL, slice(0)))] + [(mode, part) for mode in (QUANTISE, PROTECT) for part in parts]
     for mode, part in works:
         layer = part.matrix.layer if part.matrix else ""
@@ -69,7 +70,8 @@ def _measured(
                 calibration = bench.calibration if scheme.calibrated else None
                 apply(model, scheme, calibration=calibration, seed=bench.seed, keep=True)
             _keep(model, bench.scope.matrices, mode, part)
-            record = bench.scores(model)
+            head = head or Head(model)  # takes passes of its own, and no module of the scheme is in it
+            record = bench.scores(model, head)
             bench.store.put(key, record)
             progress.advance(note=f"{scheme.name} {mode} {layer} {part.name}")
         yield mode, part, record

@@ -6,8 +6,8 @@ Scope is the claim of `bitalloc.families`: what a plan may touch is quantised, e
 its reason (`scope`). Of Mamba2 that is in_proj and out_proj of every mixer; conv1d, A_log, D, dt_bias, norms,
 embedding and head stay, and so does the recurrent state.
 
-All arithmetic is simulated: codes are rounded, then computed with as floats. It says what a scheme costs in quality,
-nothing of its speed. `@torchao` and `@compressed-tensors` are those libraries' own.
+Arithmetic is simulated: codes are rounded, then computed with as floats. It says what a scheme costs in quality,
+nothing of its speed. `@torchao` and `@compressed-tensors` are those libraries' own, the second a simulation too.
 
 Shapes: O outputs, I inputs of a matrix W_OI, G groups of inputs, T tokens, S tokens of a sample, N windows.
 """
@@ -128,12 +128,13 @@ def scope(model: nn.Module) -> Scope:
         layer = tensor.removesuffix(".weight")
         if not isinstance(model.get_submodule(layer), nn.Linear):
             raise BitallocError(f"{layer} is {type(model.get_submodule(layer)).__name__}, no nn.Linear as schemes need")
-        units = tuple(
-            Unit(f"{layer}.{part}" if part else layer, rows) for part, rows in _parts(model.config, family, role.name)
-        )
+        parts = _parts(model.config, family, role.name)
+        units = tuple(Unit(f"{layer}.{part}" if part else layer, at) for part, at in parts)
         online = role.site == family.roles[-1].site
         site = f"{block}.{role.site}"
         matrices.append(Matrix(layer, role.name, block, site, *parameter.shape, units=units, online=online))
+    if not matrices:
+        raise BitallocError(f"{name} has no Linear left to quantise: a scheme was applied to it; load it again")
     return Scope(family, tuple(matrices), tuple(rows.values()))
 
 
@@ -352,7 +353,7 @@ class _Work:
         codes = [self.rounded(W_OI[unit.rows], matrix, bits[unit.name]) for unit in matrix.units]
         What_OI = torch.cat([part.What_OI for part in codes])
         made = QuantLinear(linear, What_OI, self._activation(matrix), self._rotation(matrix))
-        made.original_OI = linear.weight if self.keep else None
+        made.original_OI = linear.weight.detach() if self.keep else None
         owner, _, name = matrix.layer.rpartition(".")
         setattr(self.model.get_submodule(owner), name, made.eval())
         return sum(part.nbytes for part in codes)
