@@ -332,12 +332,15 @@ class Analyze(Section):
 class Schemes(Section):
     names: list[str] = Field(
         [
-            "bf16", "fp16", "w8a8", "w8a8@torchao", "w4a8", "w4a8+asym", "w4a8+asym@torchao", "w4a8+gptq",
-            "w4a8+gptq+online", "w4a8+gptq+online+dp", "w4a4", "w4a4@compressed-tensors", "w4a4+rtn", "w4a4+gptq",
-            "w4a4+static", "w4a4+asym", "w4a4+online", "w4a4+folded", "w4a4+dp", "w4a4+gptq+online",
-            "w4a4+gptq+online+folded", "w4a4+gptq+online+folded+dp", "w4a4+online+folded+dp",
-            "w4a4+online+folded+dp+gptq", "w4a4+gptq+folded+dp", "w4a4+gptq+folded+dp+online", "w4a4+gptq+online+dp",
-            "w4a4+gptq+online+dp+folded",
+            "bf16", "fp16", "w8a8", "w8a8@torchao", "w8a8+static", "w8a8+online",
+            "w4a16", "w4a16+rtn", "w4a16+gptq", "w4a16+gptq+dp",
+            "w4a8", "w4a8+asym", "w4a8+asym@torchao", "w4a8+static", "w4a8+online", "w4a8+gptq", "w4a8+gptq+online",
+            "w4a8+gptq+online+dp",
+            "w4a4", "w4a4@compressed-tensors", "w4a4+rtn", "w4a4+gptq", "w4a4+static", "w4a4+asym", "w4a4+clip",
+            "w4a4+online", "w4a4+folded", "w4a4+dp", "w4a4+gptq+online", "w4a4+gptq+online+folded",
+            "w4a4+gptq+online+folded+dp", "w4a4+gptq+online+folded+dp+clip",
+            "w4a4+online+folded+dp", "w4a4+online+folded+dp+gptq", "w4a4+gptq+folded+dp", "w4a4+gptq+folded+dp+online",
+            "w4a4+gptq+online+dp", "w4a4+gptq+online+dp+folded",
         ],
         description="schemes of weights and activations that are scored, as bitalloc/scheme.py names them; each is "
         "held against the one without what its name says last",
