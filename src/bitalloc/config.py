@@ -334,11 +334,11 @@ class Schemes(Section):
         [
             "bf16", "fp16", "w8a8", "w8a8@torchao", "w8a8+static", "w8a8+online",
             "w4a16", "w4a16+rtn", "w4a16+gptq", "w4a16+gptq+dp",
-            "w4a8", "w4a8+asym", "w4a8+asym@torchao", "w4a8+static", "w4a8+online", "w4a8+gptq", "w4a8+gptq+online",
-            "w4a8+gptq+online+dp",
-            "w4a4", "w4a4@compressed-tensors", "w4a4+rtn", "w4a4+gptq", "w4a4+static", "w4a4+asym", "w4a4+clip",
-            "w4a4+online", "w4a4+folded", "w4a4+dp", "w4a4+gptq+online", "w4a4+gptq+online+folded",
-            "w4a4+gptq+online+folded+dp", "w4a4+gptq+online+folded+dp+clip",
+            "w4a8", "w4a8+g32", "w4a8+asym", "w4a8+asym@torchao", "w4a8+static", "w4a8+online", "w4a8+dp",
+            "w4a8+gptq", "w4a8+gptq+online", "w4a8+gptq+online+dp",
+            "w4a4", "w4a4@compressed-tensors", "w4a4+rtn", "w4a4+gptq", "w4a4+g32", "w4a4+static", "w4a4+static+p99",
+            "w4a4+static+p100", "w4a4+asym", "w4a4+clip", "w4a4+online", "w4a4+folded", "w4a4+dp", "w4a4+gptq+online", "w4a4+gptq+online+folded",
+            "w4a4+gptq+online+folded+dp", "w4a4+gptq+online+folded+dp+clip", "w4a4+gptq+online+folded+dp+asym",
             "w4a4+online+folded+dp", "w4a4+online+folded+dp+gptq", "w4a4+gptq+folded+dp", "w4a4+gptq+folded+dp+online",
             "w4a4+gptq+online+dp", "w4a4+gptq+online+dp+folded",
         ],
@@ -347,7 +347,7 @@ class Schemes(Section):
     )  # fmt: skip
     layerwise: list[str] = Field(["w4a4"], description="schemes whose modules are quantised, and spared, one by one")
     group_size: Positive | None = Field(
-        None, description="weights along the input that share one scale; null: all of a row"
+        None, description="weights along the input that share one scale; null: all of a row; +g32 in a name goes before"
     )
     percentile: Annotated[float, Field(gt=0, le=100)] = Field(
         99.9, description="of |x|, percent: what `static` does not clip"

@@ -5,6 +5,7 @@ Its name says all of it, so that a name in the configuration, a table or on a co
     bf16, fp16                 16-bit weights and activations
     w8a8, w4a8, w4a4, w4a16    codes of weights and activations; plain: largest value, a scale a row, a scale a token
     w4a4+gptq+online           techniques, in any order
+    w4a4+g32, w8a8+static+p99  inputs that share a scale of the weights; percentile that `static` does not clip
     w8a8@torchao               by other software than our simulation
 
 No torch: a workflow plans by it.
@@ -28,6 +29,7 @@ TECHNIQUES = {
     "folded": "Hadamard rotation of the residual stream, folded into the weights: exact, at no cost",
     "dp": "bits of the weights per unit, 2 to 8, by the exact solver, at no more bytes than uniform",
 }
+_NUMBER = r"([gp])(\d+(?:\.\d+)?)"  # group size, percentile
 BACKENDS = ("simulated", "torchao", "compressed-tensors")
 DTYPES = ("bf16", "fp16")
 LADDER = ("bf16", "w8a8", "w4a8", "w4a4")
@@ -55,9 +57,17 @@ class Scheme:
         (4, 8, 'gptq', True, True)
         >>> Scheme.parse("w8a8@torchao").quant_backend
         'torchao'
+        >>> Scheme.parse("w4a4+static+g32+p99").group_size, Scheme.parse("w4a4+static+g32+p99").percentile
+        (32, 99.0)
         """
         rest, _, backend = name.partition("@")
-        base, *techniques = rest.split("+")
+        base, *words = rest.split("+")
+        techniques = [word for word in words if not re.fullmatch(_NUMBER, word)]
+        for kind, number in (match.groups() for word in words if (match := re.fullmatch(_NUMBER, word))):
+            if kind == "g":
+                group_size = int(float(number))
+            else:
+                percentile = float(number)
         match = re.fullmatch(r"w([2-8]|16)a([2-8]|16)", base)
         if not match and base not in DTYPES:
             raise BitallocError(
@@ -75,6 +85,8 @@ class Scheme:
         for (what, named), width in zip(idle.items(), bits, strict=True):
             if width == 16 and (found := named & set(techniques)):
                 raise BitallocError(f"scheme {name!r}: {sorted(found)[0]} is about {what}, which are of 16 bits here")
+        if not 0 < percentile <= 100 or (group_size is not None and group_size < 1):
+            raise BitallocError(f"scheme {name!r}: a percentile is from 0 to 100, a group has an input at least")
         for pair in ({"rtn", "gptq"}, {"static", "asym"}, {"static", "clip"}):
             if pair <= set(techniques):
                 raise BitallocError(f"scheme {name!r}: {' and '.join(sorted(pair))} exclude each other")
@@ -151,7 +163,7 @@ class Scheme:
     def key(self) -> dict[str, Any]:
         """What its codes depend on: not the order of its name."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "name"}
-        return {**fields, "techniques": sorted(self.techniques)}
+        return {**fields, "techniques": sorted(self.techniques), "percentile": self.percentile if self.static else None}
 
     def row(self) -> dict[str, Any]:
         """Plain values for a record of a run."""
