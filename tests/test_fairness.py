@@ -150,6 +150,7 @@ def test_a_language_at_the_floor_is_flagged_and_not_ranked():
     assert damage.floor == ("he",)
     rows = pd.DataFrame(damage.rows(NONE)).set_index(["language", "metric"])
     assert rows.loc[("all", "worst_rel"), "value"] == pytest.approx(0.1)  # not 2
+    assert rows.loc["all"].loc[["gap", "ratio"], "value"].isna().all()  # of one language
     assert set(rows.loc["he", "status"]) == {"floor"}
     bits, unigram = fairness.Damage(frame, "select").bits_per_byte()["he"]
     assert bits > unigram
@@ -305,7 +306,7 @@ def test_the_table_compares_every_arm_with_the_fair_one():
     for plan, nll_LI in damage.nll.items():
         if plan != REFERENCE:
             frames.append(sentences(plan, dict(zip(LANGUAGES, nll_LI, strict=True)), split="report"))
-    arms = pd.DataFrame({"arm": list(plans), "plan": list(plans.values())})
+    arms = pd.DataFrame({"arm": list(plans), "plan": list(plans.values()), "budget": "5bpw"})
     sets = fairness.read_sets("m", list(plans.values()), UNITS, low="int4", high="fp16")
     answers = pd.DataFrame(
         [

@@ -411,6 +411,7 @@ class Checks(Section):
         0.25, "share of uniform's excess loss that best recovers at 2.4-2.7 bits a weight (or 5 % PPL), at least"
     )
     downstream: Check = _check(2.0, "points of accuracy that best loses to the reference, at most")
+    languages: Check = _check(2, "languages in which the reference is better than a byte-unigram model, at least")
 
 
 class Gates(Section):
@@ -497,7 +498,9 @@ class Fairness(Section):
     sentences: Annotated[int, Field(gt=0)] | None = Field(None, description="aligned sentences drawn of the text")
     bits: Literal[2, 3, 4, 8] = Field(4, description="of what is not protected: absmax codes, one scale a row")
     protect_bits: Literal[3, 4, 8, 16] = Field(16, description="of a block or embedding that is protected")
-    budget: str = Field("8bpw", description="for protected sets: bits over all that may be rounded, or bytes of all")
+    budget: str = Field(
+        "", description="5.2bpw over all that may be rounded, or bytes of all; empty: as blocks 0, 9 and 11 of 12 take"
+    )
     margin_en: Annotated[float, Field(ge=0)] = Field(
         0.01,
         description="what English may lose more, as a share of its NLL, than under the plan that ignores languages",

@@ -13,6 +13,7 @@ Legend: L languages, I sentences; W_OI a matrix of O outputs and I inputs.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,7 +120,8 @@ def tokenise(text: pd.DataFrame, tokenizer: Tokenizer, config: Mapping[str, Any]
     """The text with `tokens` (the beginning, then the sentence) and what SENTENCES says of every sentence.
 
     `config`: config.json of the model. Raises `BitallocError` for a tokenizer that loses over 1 % of a
-    language's characters, a sentence longer than the context, and a text that does not fill one.
+    language's characters, and a text that does not fill one context. Sentences that do not fit the context in some
+    language are left out of all, and said.
     """
     start = config.get("bos_token_id") if config.get("bos_token_id") is not None else config.get("eos_token_id")
     start = start[0] if isinstance(start, list) else start
@@ -135,11 +137,6 @@ def tokenise(text: pd.DataFrame, tokenizer: Tokenizer, config: Mapping[str, Any]
                 "out, or take a model that can spell it"
             )
         sizes = [len(encoding.ids) for encoding in encodings]
-        if context is not None and max(sizes) > context:
-            line = part["sentence"].iloc[int(np.argmax(sizes))]
-            raise BitallocError(
-                f"{language}: sentence {line + 1} takes {max(sizes)} tokens, the model {context}; shorten it"
-            )
         if context is not None and sum(sizes) < min(context, WINDOW):
             raise BitallocError(
                 f"{language}: the text has {sum(sizes)} tokens, fewer than one context of {min(context, WINDOW)}; give "
@@ -156,7 +153,13 @@ def tokenise(text: pd.DataFrame, tokenizer: Tokenizer, config: Mapping[str, Any]
     largest, vocabulary = max(max(ids) for ids in pd.concat(parts)["tokens"]), config.get("vocab_size")
     if vocabulary is not None and largest >= vocabulary:
         raise BitallocError(f"the tokenizer gives token {largest}, config.json has {vocabulary}; it is another model's")
-    return pd.concat(parts, ignore_index=True)
+    found = pd.concat(parts, ignore_index=True)
+    if context is not None and (found["ntokens"] >= context).any():  # the beginning takes one
+        long = found.loc[found["ntokens"] >= context, "sentence"].unique()
+        told = f"{len(long):,} of {found['sentence'].nunique():,} sentences do not fit the context of {context} tokens"
+        print(f"[sweep] {told} in some language; they are left out", file=sys.stderr, flush=True)
+        found = found[~found["sentence"].isin(long)].reset_index(drop=True)
+    return found
 
 
 def _lost(tokenizer: Tokenizer, texts: Sequence[str], encodings: Sequence[Any]) -> float:
@@ -339,6 +342,31 @@ class Bench:
         return pd.DataFrame({"plan": plan, "language": rows["group"], "item": item, "acc": rows["value"]})
 
 
+def windows(text: pd.DataFrame) -> pd.DataFrame:
+    """PARALLEL as TOKENS: a corpus for each language, a window for each sentence."""
+    named = text.rename(columns={"language": "corpus", "sentence": "window"})
+    return named[["split", "corpus", "window", "tokens", "nbytes"]]
+
+
+def of_responses(responses: pd.DataFrame, text: pd.DataFrame, model: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(SENTENCES, ANSWERS) of plans that `evaluate` has scored on `windows(text)` and on items of several languages."""
+    scored = responses[(responses["suite"] == "perplexity") & (responses["metric"] == "nll_nats_per_token")]
+    place = scored["task"].str.split("/", expand=True).set_axis(["language", "split"], axis=1)
+    rows = pd.DataFrame({"plan": scored["plan"], **place, "sentence": scored["item"]})
+    rows = rows.assign(nll_nats=scored["value"] * scored["weight"], model=model)
+    sentences = rows.merge(text, on=["language", "split", "sentence"], validate="many_to_one")
+    asked = responses[(responses["suite"] == "world") & (responses["metric"] == "acc")]
+    item = asked["task"] + " " + asked["item"].astype(str)
+    answers = pd.DataFrame({"plan": asked["plan"], "language": asked["group"], "item": item, "acc": asked["value"]})
+    return sentences[[column.name for column in SENTENCES.columns]], answers.reset_index(drop=True)
+
+
+def spoken(items: pd.DataFrame, text: pd.DataFrame) -> pd.DataFrame:
+    """The multiple-choice items whose group is one of the languages of the text."""
+    several = items["choices"].map(len) > 1 if len(items) else []
+    return items[several & items["group"].isin(set(text["language"]))].reset_index(drop=True)
+
+
 # ---- the study: everything that the model must be asked ----------------------------------------------------------
 @dataclass(frozen=True)
 class Study:
@@ -360,6 +388,7 @@ def study(
     seeds: int = SEEDS,
     resamples: int = 1000,
     seed: int = 0,
+    progress: Progress | None = None,
 ) -> Study:
     """Read what must be read: the sweep of units and pairs, the search, and what the fair set is compared with.
 
@@ -369,7 +398,8 @@ def study(
     units = bench.units
     units.require(budget, asked)
     count = len(units.added)
-    progress = Progress("sweep", 2 + 2 * count + min(pairs, count * (count - 1) // 2), unit="plans")
+    progress = progress or Progress("sweep", 0, unit="plans")
+    progress.total = 2 + 2 * count + min(pairs, count * (count - 1) // 2)  # the search adds to it
     frames = [_read(bench, REFERENCE, "select", progress), bench.sentences(REFERENCE, "report")]
     # the report split says which languages are floored; its other scores choose nothing
     damage, _ = fairness.Damage.both(pd.concat(frames), resamples=resamples, seed=seed)
@@ -394,6 +424,7 @@ def study(
     search.measure(units.parse(plan) for plan in plans)
     frames += [bench.sentences(plan, "report") for plan in plans]
     answers = None
+    progress.total = progress.done
     if bench.items is not None and len(bench.items):
         answers = pd.concat([bench.answers(plan) for plan in (REFERENCE, *plans)], ignore_index=True)
     read_plans = [plan for plan in damage.nll if plan != REFERENCE]

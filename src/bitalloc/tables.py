@@ -748,6 +748,22 @@ CRITERIA = Table(
     ),
 )
 
+PARALLEL = Table(
+    "parallel",
+    "Aligned sentences as a model reads them: each by itself, from a beginning-of-text token on.",
+    ("language", "sentence"),
+    (
+        Column("language", STR, "as its file is named, e.g. he"),
+        Column("sentence", INT, "the same sentence has one number in every language"),
+        Column("group", INT, "sentences of one group share a fact; whole groups are split and resampled"),
+        Column("split", STR, "select or report; they share no group"),
+        Column("tokens", INTS, "the beginning, then the sentence"),
+        Column("ntokens", INT, "tokens of the sentence, all of them scored"),
+        Column("nbytes", INT, "UTF-8 bytes of the sentence"),
+        Column("nchars", INT, "characters of the sentence"),
+        Column("unigram_nats", FLOAT, "nats under the byte frequencies of the language's select split"),
+    ),
+)
 SENTENCES = Table(
     "sentences",
     "Every aligned sentence in every language under every plan that was read: what fairness is computed from.",
@@ -795,6 +811,17 @@ ARMS = Table(
         Column("note", STR, "how it came about"),
     ),
 )
+ANSWERS = Table(
+    "answers",
+    "Multiple-choice items by language: which of them every arm answers rightly.",
+    ("plan", "language", "item"),
+    (
+        Column("plan", STR, "reference, or a row of SETS"),
+        Column("language", STR, "language of the question"),
+        Column("item", STR, "task and number"),
+        Column("acc", FLOAT, "1 = right"),
+    ),
+)
 PROTECTED = Table(
     "protected",
     "Every unit that can be protected: what it costs, what it saves alone, and how often it is selected.",
@@ -824,9 +851,10 @@ SYNERGY = Table(
 FAIRNESS = Table(
     "fairness",
     "What every arm does to every language, on the report split.",
-    ("arm", "split", "language", "metric"),
+    ("budget", "arm", "split", "language", "metric"),
     (
         _MODEL,
+        Column("budget", STR, "as it was asked for"),
         Column("arm", STR, "reference, or as in ARMS; random: the mean over its seeds"),
         Column("plan", STR, "the set that is protected; empty for a mean"),
         Column("nbytes", FLOAT, "bytes of the whole checkpoint; missing for the reference", nullable=True),

@@ -22,6 +22,7 @@ from bitalloc.families import family
 from bitalloc.gates import read_verdict
 from bitalloc.option import options
 from bitalloc.store import Store, write_atomically
+from bitalloc.strategies.fair import Spoken
 from bitalloc.sweep import units
 
 # the maths library takes fewer threads on a busy machine unless told not to, and then last digits differ
@@ -97,6 +98,7 @@ localrules:
     gate_pilot,
     gate_compress,
     gate_downstream,
+    gate_fairness,
     gates,
     stop_sign,
     sweep_assemble,
@@ -269,6 +271,27 @@ def leaked(name):
         return f"results/{wildcards.model}/leaked/{name}" if "leaked" in settings(wildcards.model).allocate.arms else []
 
     return checked(inputs)
+
+
+def languages(wildcards):
+    """Input function: what every matrix costs each language, where a strategy asks for it."""
+    asked = set(settings(wildcards.model).allocate.strategies) & set(Spoken.STRATEGIES)
+    return f"results/{wildcards.model}/languages.parquet" if asked else []
+
+
+def fairness_allocation(wildcards):
+    """Parameter function: the sections of `allocate`, with the plans that are compared by language and no others."""
+    whole = section("allocate", "export", "sensitivity", "sweep", "fairness", "seed")(wildcards)
+    strategies = ["uniform", "optimal", *Spoken.STRATEGIES]
+    plans = {
+        "strategies": strategies,
+        "runners_up": 0,
+        "pool": whole["fairness"]["seeds"],
+        "arms": [],
+        "rules": [],
+        "plans": [],
+    }
+    return whole | {"allocate": whole["allocate"] | plans}
 
 
 @checked
