@@ -330,6 +330,33 @@ class Analyze(Section):
     )
 
 
+class Schemes(Section):
+    names: list[str] = Field(
+        [
+            "bf16", "fp16", "w8a8", "w8a8@torchao", "w8a8+static", "w8a8+online",
+            "w4a16", "w4a16+rtn", "w4a16+gptq", "w4a16+gptq+dp",
+            "w4a8", "w4a8+g32", "w4a8+asym", "w4a8+asym@torchao", "w4a8+static", "w4a8+online", "w4a8+dp",
+            "w4a8+gptq", "w4a8+gptq+online", "w4a8+gptq+online+dp",
+            "w4a4", "w4a4@compressed-tensors", "w4a4+rtn", "w4a4+gptq", "w4a4+g32", "w4a4+static", "w4a4+static+p99",
+            "w4a4+static+p100", "w4a4+asym", "w4a4+clip", "w4a4+online", "w4a4+folded", "w4a4+dp",
+            "w4a4+gptq+online", "w4a4+gptq+online+folded", "w4a4+gptq+online+folded+dp",
+            "w4a4+gptq+online+folded+dp+clip", "w4a4+gptq+online+folded+dp+asym",
+            "w4a4+online+folded+dp", "w4a4+online+folded+dp+gptq", "w4a4+gptq+folded+dp", "w4a4+gptq+folded+dp+online",
+            "w4a4+gptq+online+dp", "w4a4+gptq+online+dp+folded",
+        ],
+        description="schemes of weights and activations that are scored, as bitalloc/scheme.py names them; each is "
+        "held against the one without what its name says last",
+    )  # fmt: skip
+    layerwise: list[str] = Field(["w4a4"], description="schemes whose modules are quantised, and spared, one by one")
+    group_size: Positive | None = Field(
+        None, description="weights along the input that share one scale; null: all of a row; +g32 in a name goes before"
+    )
+    percentile: Annotated[float, Field(gt=0, le=100)] = Field(
+        99.9, description="of |x|, percent: what `static` does not clip"
+    )
+    windows: Positive = Field(64, description="calibrate windows that are read, evenly over all")
+
+
 class Report(Section):
     authors: list[str] = Field([], description="author line of the paper; none: bitalloc")
 
@@ -520,6 +547,7 @@ class Config(Section):
     evaluate: Evaluate = Field(default_factory=Evaluate)
     humaneval: HumanEval = Field(default_factory=HumanEval)
     analyze: Analyze = Field(default_factory=Analyze)
+    schemes: Schemes = Field(default_factory=Schemes)
     report: Report = Field(default_factory=Report)
     backends: Backends = Field(default_factory=Backends)
     fairness: Fairness = Field(default_factory=Fairness)
