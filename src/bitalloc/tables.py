@@ -674,11 +674,62 @@ CRITERIA = Table(
     ),
 )
 
+RECORDS = Table(
+    "records",
+    "What was measured of a model at some precision, one row a number, with all that it depends on. Missing: absent or "
+    "not known, never 0. What differs between two equal runs stands in records.VARYING.",
+    ("run_id", "stage", "variant", "task", "batch", "prompt_length", "gen_len", "depth", "metric"),
+    (
+        Column("run_id", STR, "of the configuration, the model and the seed: records.run_id"),
+        Column("stage", STR, "perplexity, long_context or profile"),
+        _MODEL,
+        Column("revision", STR, "commit on the hub, or `local`", nullable=True),
+        Column("variant", STR, "the model as it is (reference), a plan in a backend, or a scheme"),
+        Column("task", STR, "<corpus>/<split>, or the task; missing for a profile", nullable=True),
+        Column("batch", INT, "sequences side by side", nullable=True),
+        Column("prompt_length", INT, "tokens of a prompt, or of a window", nullable=True),
+        Column("gen_len", INT, "tokens that are generated", nullable=True),
+        Column("stride", INT, "tokens scored at the end of a window", nullable=True),
+        Column("depth", FLOAT, "where in the prompt the passkey stands, 0 to 1", nullable=True),
+        Column("metric", STR, "what was measured, with its unit: records.METRICS"),
+        Column("value", FLOAT, "the point estimate; of a profile the median", nullable=True),
+        Column("lo", FLOAT, "lower end of its 95 % interval", nullable=True),
+        Column("hi", FLOAT, "upper end of its 95 % interval", nullable=True),
+        Column("q25", FLOAT, "lower quartile over the iterations", nullable=True),
+        Column("q75", FLOAT, "upper quartile over the iterations", nullable=True),
+        Column("n", INT, "iterations, windows or items behind the value", nullable=True),
+        Column("status", STR, "ok, or in one line why there is no value"),
+        Column("simulated", BOOL, "rounded, but computed in full: tells nothing of speed or memory"),
+        Column("w_bits", FLOAT, "bits of a weight's code, mean over the plan; 16 = as it is", nullable=True),
+        Column("a_bits", INT, "bits of an activation's code; 16 = as it is", nullable=True),
+        Column("group_size", INT, "weights that share one scale, where all groups are alike", nullable=True),
+        Column("per_channel", BOOL, "one scale an output", nullable=True),
+        Column("quant_backend", STR, "what computes with the codes", nullable=True),
+        Column("calib_method", STR, "how the codes were found", nullable=True),
+        Column("scope_digest", STR, "of the names of the matrices that are quantised", nullable=True),
+        Column("scan_path", STR, "how a state-space model scans; missing for others", nullable=True),
+        Column("template_hash", STR, "of the prompt's template", nullable=True),
+        Column("template_version", STR, "of the prompt's template", nullable=True),
+        Column("dtype", STR, "that the model computes in", nullable=True),
+        Column("device", STR, "cpu or cuda"),
+        Column("threads", INT, "of the CPU", nullable=True),
+        Column("isa", STR, "vector instructions that torch uses on the CPU", nullable=True),
+        Column("seed", INT, "of everything that is drawn"),
+        Column("git_commit", STR, "of bitalloc; + where files differ from it"),
+        Column("host", STR, "name of the machine"),
+        Column("gpu", STR, "name of the GPU", nullable=True),
+        Column("driver", STR, "version of its driver", nullable=True),
+        Column("cuda", STR, "version of CUDA that torch was built for", nullable=True),
+        Column("versions", STR, "of Python and of the libraries"),
+        Column("notes", STR, "anything else"),
+    ),
+)
+
 TABLES = {
     table.name: table
     for table in (
         INVENTORY, TOKENS, ITEMS, READINGS, MOMENTS, SWEEP, SENSITIVITY, EMBEDDINGS, LAW, RESIDUALS, COSTS, PLAN, PLANS,
         TUNED, TUNED_OPTIONS, EVOLUTION, CHECKPOINTS, EXPORTS, COST, EVALUATE, RESPONSES, SAMPLES, OUTCOMES, HUMANEVAL,
-        GATES, GOODHART, PHASE, CONTROLS, SUCCESS, BACKENDS, POSITION, CRITERIA,
+        GATES, GOODHART, PHASE, CONTROLS, SUCCESS, BACKENDS, POSITION, CRITERIA, RECORDS,
     )
 }  # fmt: skip
