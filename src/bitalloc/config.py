@@ -507,6 +507,25 @@ CORPORA = {
 }
 
 
+class Fairness(Section):
+    """Multilingual disparity: parallel text, and what may be protected on whose behalf."""
+
+    languages: list[str] = Field(["en", "he", "ar", "zh"], description="as their texts are named; en has the margin")
+    text: str = Field(
+        "", description="folder of <language>.txt, aligned line by line; empty: built in, of the tiny world"
+    )
+    sentences: Annotated[int, Field(gt=0)] | None = Field(None, description="aligned sentences drawn of the text")
+    bits: Literal[2, 3, 4, 8] = Field(4, description="of what is not protected: absmax codes, one scale a row")
+    protect_bits: Literal[3, 4, 8, 16] = Field(16, description="of a block or embedding that is protected")
+    budget: str = Field("8bpw", description="for protected sets: bits over all that may be rounded, or bytes of all")
+    margin_en: Annotated[float, Field(ge=0)] = Field(
+        0.01,
+        description="what English may lose more, as a share of its NLL, than under the plan that ignores languages",
+    )
+    pairs: Annotated[int, Field(ge=0)] = Field(100, description="pairs of units that are measured, at most")
+    seeds: Positive = Field(20, description="random sets that the fair one is compared with")
+
+
 class Study(Section):
     """One file of config/studies: which models are held against one another, on which texts."""
 
@@ -547,6 +566,7 @@ class Config(Section):
     report: Report = Field(default_factory=Report)
     backends: Backends = Field(default_factory=Backends)
     profile: Profile = Field(default_factory=Profile)
+    fairness: Fairness = Field(default_factory=Fairness)
     gates: Gates = Field(default_factory=Gates)
     skip: dict[str, str] = Field(
         {}, description="model -> why studies leave it out; `make validate` fills it in for what the machine lacks"

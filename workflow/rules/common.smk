@@ -14,7 +14,8 @@ from snakemake_interface_executor_plugins.settings import ExecMode
 
 from bitalloc import config as configuration
 from bitalloc import provenance
-from bitalloc.allocate import budget_slug, tuned_from
+from bitalloc.allocate import tuned_from
+from bitalloc.budget import budget_slug
 from bitalloc.errors import BitallocError, nearest
 from bitalloc.execute import REFERENCE, permit
 from bitalloc.families import family
