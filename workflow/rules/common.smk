@@ -21,6 +21,7 @@ from bitalloc.families import family
 from bitalloc.gates import read_verdict
 from bitalloc.option import options
 from bitalloc.store import Store, write_atomically
+from bitalloc.strategies.position import RULES
 from bitalloc.sweep import units
 
 # the maths library takes fewer threads on a busy machine unless told not to, and then last digits differ
@@ -317,6 +318,18 @@ def backends_parts(wildcards):
                 raise BitallocError(f"unknown {what} {name!r} in the section backends: {nearest(name, known)}")
     pattern = "results/{model}/backends/{plan}/{backend}.parquet"
     return expand(pattern, model=wildcards.model, plan=asked.plans or plans[:1], backend=asked.names)
+
+
+@checked
+def profiled(wildcards):
+    """Input function: checkpoints of the pipeline that are profiled; plans by rule are made on the spot."""
+    named = settings(wildcards.model).profile.variants
+    plans = dict.fromkeys(name.partition(":")[0] for name in named if name != REFERENCE)
+    known = [*compressed_plans(wildcards), *RULES]
+    for plan in plans:
+        if plan not in known:
+            raise BitallocError(f"unknown plan {plan!r} in profile.variants: {nearest(plan, [REFERENCE, *known])}")
+    return [f"results/{wildcards.model}/models/{plan}" for plan in plans if plan not in RULES]
 
 
 def protocols(wildcards):
