@@ -14,7 +14,7 @@ import yaml
 from running import FailedError, Took, threaded, timed
 from safetensors.torch import save_file
 
-from bitalloc.allocate import budget_slug
+from bitalloc.budget import budget_slug
 from bitalloc.families import FAMILIES
 from bitalloc.formats.bitalloc import Reader
 from bitalloc.models import context_length, read_config

@@ -24,6 +24,7 @@ Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Bits = Literal[2, 3, 4, 8, 16]
 Rule = Literal["all_high", "all_low", "early", "early_0", "middle", "late", "last", "champion"]
+SPOKEN = "fair", "english"  # strategies that ask what every option costs each language
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int4", "int3", "int2"]
 
 
@@ -384,6 +385,7 @@ class Checks(Section):
         0.25, "share of uniform's excess loss that best recovers at 2.4-2.7 bits a weight (or 5 % PPL), at least"
     )
     downstream: Check = _check(2.0, "points of accuracy that best loses to the reference, at most")
+    languages: Check = _check(2, "languages in which the reference is better than a byte-unigram model, at least")
 
 
 class Gates(Section):
@@ -460,6 +462,27 @@ CORPORA = {
 }
 
 
+class Fairness(Section):
+    """Multilingual disparity: parallel text, and what may be protected on whose behalf."""
+
+    languages: list[str] = Field(["en", "he", "ar", "zh"], description="as their texts are named; en has the margin")
+    text: str = Field(
+        "", description="folder of <language>.txt, aligned line by line; empty: built in, of the tiny world"
+    )
+    sentences: Annotated[int, Field(gt=0)] | None = Field(None, description="aligned sentences drawn of the text")
+    bits: Literal[2, 3, 4, 8] = Field(4, description="of what is not protected: absmax codes, one scale a row")
+    protect_bits: Literal[3, 4, 8, 16] = Field(16, description="of a block or embedding that is protected")
+    budget: str = Field(
+        "", description="5.2bpw over all that may be rounded, or bytes of all; empty: as blocks 0, 9 and 11 of 12 take"
+    )
+    margin_en: Annotated[float, Field(ge=0)] = Field(
+        0.01,
+        description="what English may lose more, as a share of its NLL, than under the plan that ignores languages",
+    )
+    pairs: Annotated[int, Field(ge=0)] = Field(100, description="pairs of units that are measured, at most")
+    seeds: Positive = Field(20, description="random sets that the fair one is compared with")
+
+
 class Study(Section):
     """One file of config/studies: which models are held against one another, on which texts."""
 
@@ -499,6 +522,7 @@ class Config(Section):
     analyze: Analyze = Field(default_factory=Analyze)
     report: Report = Field(default_factory=Report)
     backends: Backends = Field(default_factory=Backends)
+    fairness: Fairness = Field(default_factory=Fairness)
     gates: Gates = Field(default_factory=Gates)
     skip: dict[str, str] = Field(
         {}, description="model -> why studies leave it out; `make validate` fills it in for what the machine lacks"

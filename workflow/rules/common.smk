@@ -14,7 +14,7 @@ from snakemake_interface_executor_plugins.settings import ExecMode
 
 from bitalloc import config as configuration
 from bitalloc import provenance
-from bitalloc.config import budget_slug, tuned_from
+from bitalloc.config import SPOKEN, budget_slug, tuned_from
 from bitalloc.errors import BitallocError, nearest
 from bitalloc.execute import REFERENCE, permit
 from bitalloc.families import family
@@ -96,6 +96,7 @@ localrules:
     gate_pilot,
     gate_compress,
     gate_downstream,
+    gate_fairness,
     gates,
     stop_sign,
     sweep_assemble,
@@ -268,6 +269,27 @@ def leaked(name):
         return f"results/{wildcards.model}/leaked/{name}" if "leaked" in settings(wildcards.model).allocate.arms else []
 
     return checked(inputs)
+
+
+def languages(wildcards):
+    """Input function: what every matrix costs each language, where a strategy asks for it."""
+    asked = set(settings(wildcards.model).allocate.strategies) & set(SPOKEN)
+    return f"results/{wildcards.model}/languages.parquet" if asked else []
+
+
+def fairness_allocation(wildcards):
+    """Parameter function: the sections of `allocate`, with the plans that are compared by language and no others."""
+    whole = section("allocate", "export", "sensitivity", "sweep", "fairness", "seed")(wildcards)
+    strategies = ["uniform", "optimal", *SPOKEN]
+    plans = {
+        "strategies": strategies,
+        "runners_up": 0,
+        "pool": whole["fairness"]["seeds"],
+        "arms": [],
+        "rules": [],
+        "plans": [],
+    }
+    return whole | {"allocate": whole["allocate"] | plans}
 
 
 @checked

@@ -3,6 +3,7 @@
 from bitalloc.figures.backends import backends
 from bitalloc.figures.domains import domains
 from bitalloc.figures.evolution import evolution
+from bitalloc.figures.fairness import fairness, fairness_plans
 from bitalloc.figures.goodhart import goodhart
 from bitalloc.figures.law import law
 from bitalloc.figures.phase import phase
@@ -16,6 +17,8 @@ __all__ = [
     "domains",
     "errors",
     "evolution",
+    "fairness",
+    "fairness_plans",
     "goodhart",
     "law",
     "phase",
