@@ -44,6 +44,13 @@ ROWS: dict[str, dict[str, Any]] = {
     "polish no codes": {"polish_learn": ["scales", "factors"]},
     "polish codes alone": {"polish_learn": ["rounding"]},
     "polish alone": {"iterations": 0},
+    # the grid that the defaults were chosen from, on select windows of models that nothing is compared on (docs/LOG.md)
+    "polish at .0001": {"polish_rate": 0.0001},
+    "polish at .0005": {"polish_rate": 0.0005},
+    "polish at .001": {"polish_rate": 0.001},
+    "polish at .003": {"polish_rate": 0.003},
+    "half the blocks' steps": {"iterations": 100},
+    "100 and 300 steps": {"iterations": 100, "polish": 300},
     # the blocks by themselves: the polish would hide what they owe to each technique
     "blocks": {"polish": 0},
     "rounding only": {"polish": 0, "learn": ["rounding"]},
