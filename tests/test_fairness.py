@@ -306,7 +306,7 @@ def test_the_table_compares_every_arm_with_the_fair_one():
     for plan, nll_LI in damage.nll.items():
         if plan != REFERENCE:
             frames.append(sentences(plan, dict(zip(LANGUAGES, nll_LI, strict=True)), split="report"))
-    arms = pd.DataFrame({"arm": list(plans), "plan": list(plans.values())})
+    arms = pd.DataFrame({"arm": list(plans), "plan": list(plans.values()), "budget": "5bpw"})
     sets = fairness.read_sets("m", list(plans.values()), UNITS, low="int4", high="fp16")
     answers = pd.DataFrame(
         [

@@ -20,8 +20,8 @@ import yaml
 from numpy.typing import NDArray
 
 from bitalloc import precision
-from bitalloc.budget import Budget, budget_slug, parse_budget
-from bitalloc.config import Allocate, Config
+from bitalloc.budget import Budget, parse_budget
+from bitalloc.config import SPOKEN, Allocate, Config, budget_slug, tuned_from
 from bitalloc.errors import BitallocError
 from bitalloc.families import FUSED
 from bitalloc.formats.carried import carries
@@ -133,7 +133,7 @@ def allocate(  # noqa: PLR0917 - tables and settings
     if twice := [b.text for b in budgets if [c.slug for c in budgets].count(b.slug) > 1]:
         raise BitallocError(f"allocate.budgets names {twice[0]!r} twice; remove one")
     for name in settings.strategies:
-        if name not in Spoken.STRATEGIES:
+        if name not in SPOKEN:
             strategy(name)
     rows, frames = [], {}
     for budget in budgets:
@@ -266,7 +266,7 @@ def _choices(
             found[name] = solution.choice_N, ""
         elif name == "uniform":
             found[name] = _uniform(instance, budget)
-        elif name in Spoken.STRATEGIES:
+        elif name in SPOKEN:
             if spoken is None:
                 raise BitallocError(f"the strategy {name} needs LANGUAGES, what every matrix costs each language")
             found[name] = spoken.choose(name, instance, budget.nbytes, ignoring=solution.choice_N)
@@ -303,7 +303,7 @@ def _spoken(
     """
     if config.sweep.embedding_bits != [16]:
         raise BitallocError(
-            f"{' and '.join(Spoken.STRATEGIES)} cannot choose an embedding: what it costs each language is not "
+            f"{' and '.join(SPOKEN)} cannot choose an embedding: what it costs each language is not "
             "measured; set sweep.embedding_bits to [16]"
         )
     found = {
@@ -443,17 +443,6 @@ def tuned(
             rows.append({**row, "plan": name, "strategy": title, "note": note})
             chosen[name] = frames[row["plan"]]
     return pd.DataFrame(rows, columns=plans.columns).astype(plans.dtypes), chosen
-
-
-def tuned_from(strategy: str) -> str | None:
-    """The strategy whose map a tuned one keeps; None for one that is not tuned.
-
-    >>> tuned_from("tuned"), tuned_from("tuned_uniform"), tuned_from("best")
-    ('best', 'uniform', None)
-    """
-    if strategy != "tuned" and not strategy.startswith("tuned_"):
-        return None
-    return strategy.removeprefix("tuned").removeprefix("_") or "best"
 
 
 def write_overrides(plan: pd.DataFrame, row: Mapping[str, Any]) -> str:

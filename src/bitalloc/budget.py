@@ -10,7 +10,7 @@ from typing import get_args
 
 import pandas as pd
 
-from bitalloc.config import Bits, Sweep, parse_bytes
+from bitalloc.config import Bits, Sweep, budget_slug, parse_bytes
 from bitalloc.errors import BitallocError
 from bitalloc.formats.carried import carries, rest_nbytes
 from bitalloc.formats.carried import nbytes as carried_nbytes
@@ -34,16 +34,6 @@ class Budget:
     @property
     def slug(self) -> str:
         return budget_slug(self.text)
-
-
-def budget_slug(text: str) -> str:
-    """The budget in the names of plans.
-
-    >>> budget_slug("2.6bpw"), budget_slug("8 GB"), budget_slug("uniform 3b  g64 r8"), budget_slug("8GB context 4096")
-    ('2.6bpw', '8GB', 'uniform-3b-g64-r8', '8GB-context-4096')
-    """
-    text = " ".join(text.split())
-    return text.replace(" ", "-") if text.startswith("uniform") or " context " in text else text.replace(" ", "")
 
 
 def limit(text: str, inventory: pd.DataFrame) -> int | None:

@@ -24,7 +24,7 @@ import pandas as pd
 from bitalloc.errors import BitallocError
 from bitalloc.statistics import Estimate, mean_interval, resample, share_interval, units_drawn
 from bitalloc.statistics.intervals import PSEUDO_ITEMS
-from bitalloc.tables import FAIRNESS, PROTECTED, SETS, SYNERGY
+from bitalloc.tables import ARMS, FAIRNESS, PROTECTED, SETS, SYNERGY
 
 NONE, REFERENCE, ALL = "none", "reference", "all"
 FAIR, ENGLISH_ONLY, PATTERN, ALLOCATOR, RANDOM = "fair", "english", "pattern", "allocator", "random"
@@ -483,34 +483,72 @@ def choose(
 ) -> Choice:
     """Of the measured sets within the budget the one of least worst_rel; among equals the one of fewer bytes.
 
-    English may lose at most `margin` of relative damage more than with nothing protected, judged by the upper end of
-    the paired interval (non-inferiority); without English there is no such condition. `objective`: places of the
-    languages whose maximum counts, all that are ranked unless given. Raises `BitallocError` when none is ranked.
+    `objective`: places of the languages whose maximum counts, and then there is no margin; all that are ranked unless
+    given. See `winner`.
     """
-    places = list(damage.ranked if objective is None else objective)
+    plans = [plan for plan in damage.nll if plan != REFERENCE and units.nbytes(units.parse(plan)) <= budget]
+    plans.sort(key=lambda plan: (units.nbytes(units.parse(plan)), plan))
+    limit = margin if objective is None else math.inf
+    chosen, share = winner(damage, plans, damage.ranked if objective is None else objective, margin=limit)
+    frequency = {unit: sum(share[plan] for plan in plans if unit in units.parse(plan)) for unit in units.added}
+    return Choice(chosen, share[chosen], frequency)
+
+
+def winner(
+    damage: Damage, plans: Sequence[str], places: Sequence[int], *, margin: float, base: str = NONE
+) -> tuple[str, dict[str, float]]:
+    """The plan of least maximum damage over the languages at `places`, the first of equals; plan -> share of wins.
+
+    English may lose at most `margin` of relative damage more than under the plan `base`, judged by the upper end of the
+    paired interval (non-inferiority); without English there is no such condition. The share is over resamples. Raises
+    `BitallocError` when there is no language to judge by.
+    """
+    places = list(places)
     if not places:
         raise BitallocError(
             "in no language is the model better than a byte-unigram model: nothing can be ranked; use another model"
         )
-    plans = [plan for plan in damage.nll if plan != REFERENCE and units.nbytes(units.parse(plan)) <= budget]
-    plans.sort(key=lambda plan: (units.nbytes(units.parse(plan)), plan))  # argmin takes the first of equals
     worst_P = np.array([damage.relative(plan)[0][places].max() for plan in plans])
     worst_RP = np.stack([damage.relative(plan)[1][:, places].max(1) for plan in plans], axis=1)
     allowed_P, allowed_RP = np.ones(len(plans), bool), np.ones(worst_RP.shape, bool)
-    if ENGLISH in damage.languages and objective is None:
+    if ENGLISH in damage.languages and math.isfinite(margin):
         n = damage.share(ENGLISH)
         for p, plan in enumerate(plans):
-            found = damage.excess(plan)
-            allowed_P[p] = plan == NONE or found.hi <= margin
-            excess_R = damage.relative(plan)[1][:, n] - damage.relative(NONE)[1][:, n]
-            allowed_RP[:, p] = (plan == NONE) | (excess_R + (found.hi - found.value) <= margin)
+            found = damage.excess(plan, base=base)
+            allowed_P[p] = plan == base or found.hi <= margin
+            excess_R = damage.relative(plan)[1][:, n] - damage.relative(base)[1][:, n]
+            allowed_RP[:, p] = (plan == base) | (excess_R + (found.hi - found.value) <= margin)
+    wins_R = np.where(allowed_RP, worst_RP, np.inf).argmin(1)
+    share_P = np.bincount(wins_R, minlength=len(plans)) / len(wins_R)
     chosen = plans[int(np.where(allowed_P, worst_P, np.inf).argmin())]
-    winner_R = np.where(allowed_RP, worst_RP, np.inf).argmin(1)
-    share = np.bincount(winner_R, minlength=len(plans)) / len(winner_R)
-    frequency = {
-        unit: float(sum(share[p] for p, plan in enumerate(plans) if unit in units.parse(plan))) for unit in units.added
+    return chosen, dict(zip(plans, share_P.tolist(), strict=True))
+
+
+def plan_arms(damage: Damage, plans: pd.DataFrame, *, margin: float) -> pd.DataFrame:
+    """ARMS of the rows of PLANS at one budget. `damage`: what they do on the select split.
+
+    Additive costs only propose: fair is whichever of the plans fair, english, optimal and uniform has the least
+    worst_rel as measured, English within `margin` of what it loses under the plan that ignores languages.
+    """
+    at = plans.drop_duplicates("strategy").set_index("strategy")["plan"]
+    entrants = [at[name] for name in ("fair", "english", "optimal", "uniform") if name in at]
+    unknown, rows = math.nan, []
+    if damage.ranked:
+        chosen, share = winner(damage, entrants, damage.ranked, margin=margin, base=at["optimal"])
+        rows.append(
+            (FAIR, chosen, share[chosen], f"least worst_rel of {len(entrants)} plans, English within {margin:g}")
+        )
+    named = {
+        "english": (ENGLISH_ONLY, "least predicted damage to English"),
+        "uniform": ("uniform", "one option for all"),
     }
-    return Choice(chosen, float(share[plans.index(chosen)]), frequency)
+    named["optimal"] = ALLOCATOR, "least predicted damage, languages ignored"
+    rows += [(arm, at[name], unknown, note) for name, (arm, note) in named.items() if name in at]
+    drawn = plans.loc[plans["strategy"] == "random", "plan"]
+    rows += [(f"{RANDOM}-{n:02d}", plan, unknown, "bits at random, within the budget") for n, plan in enumerate(drawn)]
+    place = {"model": damage.model, **plans[["budget", "budget_bytes"]].iloc[0].set_axis(["budget", "budget_nbytes"])}
+    told = ("arm", "plan", "confidence", "note")
+    return _frame(ARMS, [place | dict(zip(told, row, strict=True)) for row in rows])
 
 
 # ---- tables ------------------------------------------------------------------------------------------------
@@ -556,7 +594,9 @@ def fairness(
     `answers`: plan, language, item, acc of multiple-choice items that each plan was asked, where there are some.
     """
     damage, nbytes = Damage(sentences, "report", resamples=resamples, seed=seed), sets.set_index("plan")["nbytes"]
-    fair = next(iter(arms.loc[arms["arm"] == FAIR, "plan"]), NONE)  # none: all floored, and nothing is ranked
+    of = arms.set_index("arm")["plan"]
+    fair = of.get(FAIR, NONE)  # none: all floored, and nothing is ranked
+    base = next((arm for arm in (NONE, ALLOCATOR) if arm in of), None)  # what English is held against
     rows: list[Row] = []
     for arm, plan in [(REFERENCE, REFERENCE), *arms[["arm", "plan"]].itertuples(index=False, name=None)]:
         place = {"arm": arm, "plan": plan, "nbytes": float(nbytes.get(plan, math.nan))}
@@ -564,15 +604,16 @@ def fairness(
         if damage.ranked and plan != REFERENCE:
             value, value_R = (each - other for each, other in zip(damage.worst(plan), damage.worst(fair), strict=True))
             found.append(damage._row(ALL, "worst_rel_over_fair", value, value_R))
-            if ENGLISH in damage.languages:
-                own = damage.excess(plan)
+            if ENGLISH in damage.languages and base:
+                own = damage.excess(plan, base=of[base])
                 ends = {"value": own.value, "lo": own.lo, "hi": own.hi, "n": damage.units, "status": "ok"}
-                found.append({"split": "report", "language": ENGLISH, "metric": "excess_over_none", **ends})
-        if answers is not None:
+                found.append({"split": "report", "language": ENGLISH, "metric": f"excess_over_{base}", **ends})
+        if answers is not None and len(answers):
             found += _accuracy(answers, plan, damage, resamples=resamples, seed=seed)
         rows += [place | row for row in found]
     rows += _random(damage, arms, fair)
-    return _frame(FAIRNESS, [{"model": damage.model, **row} for row in rows])
+    place = {"model": damage.model, "budget": arms["budget"].iloc[0]}
+    return _frame(FAIRNESS, [place | row for row in rows])
 
 
 def _random(damage: Damage, arms: pd.DataFrame, fair: str) -> list[Row]:
@@ -607,6 +648,15 @@ def _accuracy(answers: pd.DataFrame, plan: str, damage: Damage, *, resamples: in
             place = {"split": "items", "language": language, "metric": metric}
             rows.append(place | {"value": value, "lo": lo, "hi": hi, "n": n, "status": "ok"})
     return rows
+
+
+def conditions(sets: pd.DataFrame, arms: pd.DataFrame) -> str:
+    """What was rounded, what was protected, and within how many bytes, in one line."""
+    first, budget = sets.iloc[0], arms.iloc[0]
+    return (
+        f"{first['model']}: {first['low']}, one scale a row; protected units {first['high']}; "
+        f"budget {budget['budget']} = {int(budget['budget_nbytes']):,} bytes"
+    )
 
 
 def _frame(table: Any, rows: Sequence[Row]) -> pd.DataFrame:

@@ -342,6 +342,31 @@ class Bench:
         return pd.DataFrame({"plan": plan, "language": rows["group"], "item": item, "acc": rows["value"]})
 
 
+def windows(text: pd.DataFrame) -> pd.DataFrame:
+    """PARALLEL as TOKENS: a corpus for each language, a window for each sentence."""
+    named = text.rename(columns={"language": "corpus", "sentence": "window"})
+    return named[["split", "corpus", "window", "tokens", "nbytes"]]
+
+
+def of_responses(responses: pd.DataFrame, text: pd.DataFrame, model: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(SENTENCES, ANSWERS) of plans that `evaluate` has scored on `windows(text)` and on items of several languages."""
+    scored = responses[(responses["suite"] == "perplexity") & (responses["metric"] == "nll_nats_per_token")]
+    place = scored["task"].str.split("/", expand=True).set_axis(["language", "split"], axis=1)
+    rows = pd.DataFrame({"plan": scored["plan"], **place, "sentence": scored["item"]})
+    rows = rows.assign(nll_nats=scored["value"] * scored["weight"], model=model)
+    sentences = rows.merge(text, on=["language", "split", "sentence"], validate="many_to_one")
+    asked = responses[(responses["suite"] == "world") & (responses["metric"] == "acc")]
+    item = asked["task"] + " " + asked["item"].astype(str)
+    answers = pd.DataFrame({"plan": asked["plan"], "language": asked["group"], "item": item, "acc": asked["value"]})
+    return sentences[[column.name for column in SENTENCES.columns]], answers.reset_index(drop=True)
+
+
+def spoken(items: pd.DataFrame, text: pd.DataFrame) -> pd.DataFrame:
+    """The multiple-choice items whose group is one of the languages of the text."""
+    several = items["choices"].map(len) > 1 if len(items) else []
+    return items[several & items["group"].isin(set(text["language"]))].reset_index(drop=True)
+
+
 # ---- the study: everything that the model must be asked ----------------------------------------------------------
 @dataclass(frozen=True)
 class Study:

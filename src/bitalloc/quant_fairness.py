@@ -187,11 +187,11 @@ def report(given: argparse.Namespace) -> None:
     if given.figure:
         from bitalloc import figures
 
-        figures.fairness(table, protected, given.figure, note=_conditions(sets, arms))
+        figures.fairness(table, protected, given.figure, note=fairness.conditions(sets, arms))
     told = {"table": json.loads(table.to_json(orient="records")), "protect": None}
     if found:
         told["protect"] = _recommended(found, units, nbytes)
-    lines = [_conditions(sets, arms), "", *_languages(table), "", *_arms(table, nbytes), ""]
+    lines = [fairness.conditions(sets, arms), "", *_languages(table), "", *_arms(table, nbytes), ""]
     _tell(given.json, told, lines + _protected(protected, found, units))
 
 
@@ -262,14 +262,6 @@ def _tell(where: Path | None, told: dict[str, Any], lines: Sequence[str]) -> Non
             return
         write_atomically(where, (text + "\n").encode())
     print("\n".join(lines), flush=True)
-
-
-def _conditions(sets: pd.DataFrame, arms: pd.DataFrame) -> str:
-    first, budget = sets.iloc[0], arms.iloc[0]
-    return (
-        f"{first['model']}: {first['low']}, one scale a row; protected units {first['high']}; "
-        f"budget {budget['budget']} = {int(budget['budget_nbytes']):,} bytes"
-    )
 
 
 def _interval(row: Any) -> str:

@@ -79,8 +79,6 @@ class Spoken:
     `margin`: what English may lose more than under the plan that ignores languages, in the same unit.
     """
 
-    STRATEGIES = "fair", "english"
-
     damage: Mapping[str, NDArray[np.float64]]
     margin: float
 
