@@ -24,7 +24,6 @@ Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Bits = Literal[2, 3, 4, 8, 16]
 Rule = Literal["all_high", "all_low", "early", "early_0", "middle", "late", "last", "champion"]
-SPOKEN = "fair", "english"  # strategies that ask what every option costs each language
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int4", "int3", "int2"]
 SPOKEN = ("fair", "english")  # strategies that ask what a plan costs each language
 
