@@ -23,7 +23,8 @@ import pandas as pd
 import torch
 
 from bitalloc import config, precision, search
-from bitalloc.allocate import build, parse_budget
+from bitalloc.allocate import build
+from bitalloc.budget import parse_budget
 from bitalloc.config import Evolve
 from bitalloc.evolve import Bench, Genomes, Measured, Search, weights
 from bitalloc.experiments import open_experiments

@@ -6,7 +6,7 @@ from bitalloc import allocate
 from bitalloc.config import Config
 from bitalloc.gates import read_verdict
 from bitalloc.script import stage
-from bitalloc.tables import COSTS, EMBEDDINGS, INVENTORY, PLAN, PLANS, SENSITIVITY
+from bitalloc.tables import COSTS, EMBEDDINGS, INVENTORY, LANGUAGES, PLAN, PLANS, SENSITIVITY
 
 
 def main(
@@ -16,6 +16,7 @@ def main(
     path_to_inventory: Path,
     path_to_embeddings: Path | None,
     path_to_leaked: Path | None,
+    path_to_languages: Path | None,
     paths_to_verdicts: list[Path],
     settings: Config,
     path_to_plans: Path,
@@ -28,6 +29,7 @@ def main(
         settings,
         EMBEDDINGS.read(path_to_embeddings) if path_to_embeddings else None,
         SENSITIVITY.read(path_to_leaked) if path_to_leaked else None,
+        LANGUAGES.read(path_to_languages) if path_to_languages else None,
     )
     verdicts = [row for path in paths_to_verdicts for row in read_verdict(path)["checks"]]
     folder.mkdir(parents=True, exist_ok=True)
@@ -44,6 +46,7 @@ if __name__ == "__main__":
             path_to_inventory=Path(snakemake.input.inventory),
             path_to_embeddings=Path(snakemake.input.embeddings) if snakemake.input.embeddings else None,
             path_to_leaked=Path(snakemake.input.leaked) if snakemake.input.leaked else None,
+            path_to_languages=Path(snakemake.input.languages) if snakemake.input.languages else None,
             paths_to_verdicts=[Path(path) for path in snakemake.input.verdicts],
             settings=Config(**snakemake.params.settings),
             path_to_plans=Path(snakemake.output.plans),

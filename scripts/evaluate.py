@@ -9,7 +9,7 @@ from bitalloc.experiments import open_experiments
 from bitalloc.gates import read_verdict
 from bitalloc.script import stage
 from bitalloc.tables import (
-    ARMS,
+    ASIDE,
     CHECKPOINTS,
     COST,
     EVALUATE,
@@ -27,7 +27,7 @@ def main(*, part: int, inputs: dict[str, Path], settings: Config, results: Path,
     plans = PLANS.read(inputs["plans"])
     if read_verdict(inputs["allocate"])["route"] == "near_uniform":
         # nothing to gain: pool and arms are not worth their hours
-        plans = plans[~plans["strategy"].isin(["random", *ARMS])]
+        plans = plans[~plans["strategy"].isin(["random", *ASIDE])]
     written = CHECKPOINTS.read(inputs["checkpoints"]).set_index("plan")["path"]
     experiments = open_experiments(
         inputs["checkpoint"], inputs["inventory"], inputs["moments"], settings, inputs.get("embeddings")

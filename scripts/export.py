@@ -4,7 +4,7 @@ import json
 from functools import partial
 from pathlib import Path
 
-from bitalloc.allocate import limit
+from bitalloc.budget import limit
 from bitalloc.config import Config
 from bitalloc.export import export
 from bitalloc.formats.huggingface import licence

@@ -12,15 +12,12 @@ from hypothesis import strategies as st
 from bitalloc import tables
 from bitalloc.allocate import (
     allocate,
-    budget_slug,
     build,
     choose_best,
     choose_leaked,
-    limit,
-    parse_budget,
-    serving_nbytes,
     write_overrides,
 )
+from bitalloc.budget import budget_slug, limit, parse_budget, serving_nbytes
 from bitalloc.config import Config, parse
 from bitalloc.errors import BitallocError
 from bitalloc.formats.layout import checkpoint_nbytes
@@ -501,3 +498,67 @@ def test_what_servers_load_is_fused_by_default():
     assert parse({"export": {"formats": ["huggingface"]}, "allocate": {"fuse": []}}).fuse == []
     with pytest.raises(BitallocError, match=r"allocate\.fuse.*'qkv' or 'gate_up'.*'qk'"):
         configured(fuse=["qk"])
+
+
+# ---- languages -------------------------------------------------------------------------------------------
+def spoken(made: Model, *, floors=()) -> pd.DataFrame:
+    """LANGUAGES in which every language has matrices of its own that it suffers by."""
+    claimed = made.inventory[made.inventory["claimed"]]
+    rows = []
+    for n, language in enumerate(("en", "he", "ar")):
+        for place, layer in enumerate(claimed["layer"]):
+            own = {"coefficient": 10.0 if place % 3 == n else 0.1, "reference_nll_nats_per_token": 2.0}
+            own |= {"signal": "kl", "floor": language in floors}
+            rows.append({"model": "m", "layer": layer, "language": language, **own})
+    return pd.DataFrame(rows)
+
+
+def lost(made: Model, frame: pd.DataFrame, languages: pd.DataFrame) -> dict[str, float]:
+    """Predicted relative damage of a plan, recomputed from the tables."""
+    place = ["layer", "quantizer", "bits", "group_size", "rank"]
+    chosen = frame[place].merge(made.costs, on=place)
+    joined = languages.merge(chosen[["layer", "rel_error"]], on="layer")
+    damage = joined["coefficient"] * joined["rel_error"] / joined["reference_nll_nats_per_token"]
+    return damage.groupby(joined["language"]).sum().to_dict()
+
+
+def test_the_fair_plan_spares_the_worst_off_and_keeps_to_the_margin_of_english():
+    made = model(blocks=4)
+    languages, names = spoken(made), ["optimal", "fair", "english"]
+    config = configured(strategies=names, pool=0, runners_up=0)
+    plans, frames = allocate(made.costs, made.sensitivity, made.inventory, config, languages=languages)
+    assert (plans["nbytes"] <= plans["budget_bytes"]).all()
+    damage = {name: lost(made, frames[f"{name}-2.8bpw"], languages) for name in names}
+    assert max(damage["fair"].values()) < max(damage["optimal"].values())
+    assert max(damage["fair"].values()) < max(damage["english"].values())
+    assert damage["english"]["en"] == min(each["en"] for each in damage.values())
+    assert damage["fair"]["en"] <= damage["optimal"]["en"] + config.fairness.margin_en
+    worst = max(damage["fair"].values())
+    assert f"predicted to lose {worst:.3g} of its NLL" in plans.set_index("strategy").at["fair", "note"]
+
+
+def test_languages_at_their_floor_have_no_say():
+    made = model(blocks=4)
+    config = configured(strategies=["fair", "optimal"], pool=0, runners_up=0)
+    _, frames = allocate(
+        made.costs, made.sensitivity, made.inventory, config, languages=spoken(made, floors=["en", "ar"])
+    )
+    _, alone = allocate(
+        made.costs, made.sensitivity, made.inventory, config, languages=spoken(made).query("language == 'he'")
+    )
+    pd.testing.assert_frame_equal(frames["fair-2.8bpw"], alone["fair-2.8bpw"])
+
+
+@pytest.mark.parametrize(
+    ("floors", "names", "told"),
+    [
+        (None, ["fair"], "needs LANGUAGES"),
+        (["en", "he", "ar"], ["fair"], "in no language"),
+        (["en"], ["english"], "needs en among fairness.languages"),
+    ],
+)
+def test_what_cannot_be_fair_is_one_line(floors, names, told):
+    made = model(blocks=4)
+    languages = None if floors is None else spoken(made, floors=floors)
+    with pytest.raises(BitallocError, match=told):
+        allocate(made.costs, made.sensitivity, made.inventory, configured(strategies=names), languages=languages)

@@ -38,12 +38,12 @@ def table(found):
 
 @pytest.fixture(scope="module")
 def simulated():
-    """A dozen studies of the world `known`, judged by the benchmark's own rules."""
+    """Eight studies of the world `known`, judged by the benchmark's own rules."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
         bench = importlib.import_module("bench_goodhart")
         truths = population(WORLDS["known"], plans=1000, draws=8)
-        records = [("known", each) for seed in range(12) for each in bench.simulate(WORLDS["known"], seed, truths)]
+        records = [("known", each) for seed in range(8) for each in bench.simulate(WORLDS["known"], seed, truths)]
         return bench.summed(records).set_index(["kind", "name"])
 
 

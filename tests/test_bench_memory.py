@@ -17,7 +17,7 @@ from bitalloc.tables import CHECKPOINTS, MOMENTS, SWEEP
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks/bench_memory.py"
 BLOCKS = 3
-ARGUMENTS = ["--shape", "small", "--blocks", str(BLOCKS), "--window", "32", "--ranks", "0", "4"]
+ARGUMENTS = ["--shape", "small", "--blocks", str(BLOCKS), "--window", "32", "--ranks", "0", "4", "--threads", "1"]
 
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -357,6 +357,14 @@ def test_the_message_says_criterion_value_threshold_evidence_and_remedy():
     assert "could not be measured" in gates.message(sweep_gate(coefficients=()))
 
 
+@pytest.mark.parametrize(("floors", "go"), [([False, False, True], True), ([False, True, True], False)])
+def test_fairness_needs_two_languages_above_their_floor(floors, go, tmp_path):
+    spoken = pd.DataFrame({"language": ["en", "he", "ar"] * 2, "floor": floors * 2})
+    frame = gates.gate_fairness(languages=spoken, gates=STOP)
+    assert checked(frame, tmp_path).at["languages", "value"] == floors.count(False)
+    assert verdict("fairness", frame, tmp_path)["go"] is go
+
+
 def test_a_verdict_file_that_is_none_is_refused(tmp_path):
     path = tmp_path / "fit.json"
     for text in (None, "", "{", "[]", '{"go": true}', json.dumps({"gate": "g", "go": 1, "route": "r", "checks": []})):

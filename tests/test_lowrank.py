@@ -154,7 +154,7 @@ def test_a_guess_saves_rounds_and_not_accuracy(power):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("given", ["1024 1024 1 2,3,4 0,64", "512 4096 2 2,4 0,32", "1024 1024 1 3 512"])
+@pytest.mark.parametrize("given", ["1024 1024 1 2,3,4 0,64", "256 2048 2 2,4 0,32", "1024 1024 1 3 512"])
 def test_a_stack_takes_the_memory_that_is_told(given):
     """The sweep fills its workspace by it. A process of its own: what was freed before is not seen to be taken."""
     command = [sys.executable, "-m", "tests.memory", *given.split()]

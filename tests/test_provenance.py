@@ -1,5 +1,6 @@
 """The digest of code moves with what a module imports, and only with that."""
 
+import ast
 import json
 import shutil
 import subprocess
@@ -28,6 +29,22 @@ def test_a_change_deep_below_a_module_changes_its_digest(tmp_path):
     after = {name: digest_in(tmp_path, name) for name in before}
     assert after["bitalloc.sweep"] != before["bitalloc.sweep"]
     assert after["bitalloc.option"] == before["bitalloc.option"]
+
+
+def test_no_import_of_the_syntax_tree_is_missed():
+    """One in a docstring counts as well, which does no harm."""
+    folder = Path(bitalloc.__file__).parent
+    for path in folder.rglob("*.py"):
+        source, listed = path.read_text(), set()
+        tree = ast.parse(source)
+        tree.body = [n for n in tree.body if not (isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING")]
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                listed |= {name.name for name in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                assert not node.level, f"{path}: a relative import would not be seen"
+                listed |= {node.module, *(f"{node.module}.{name.name}" for name in node.names)}
+        assert {name for name in listed if name.startswith("bitalloc")} <= set(provenance._imports(source)), path
 
 
 def test_absent_packages_are_said_to_be_absent():

@@ -1,5 +1,5 @@
 import json
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -28,21 +28,22 @@ def results():
     return simulate(pool=8, items=60)
 
 
-def page(results, **changes):
-    found = analyze(
-        results.plans,
-        results.evaluate,
-        results.responses,
-        settings=Analyze(resamples=50, folds=2),
-        seed=0,
-    )
-    made = {"success": success(results, found), "controls": controls(results)}
-    tables_read = {"gates": gates(), "law": law(), "goodhart": found} | made | changes
-    return markdown.render(report.page(
-        "tiny", plans=results.plans, evaluate=results.evaluate, checkpoints=CHECKPOINTS,
-        sentences=summary(found, results.evaluate, results.plans),
-        figures=[Path("results/tiny/goodhart.png"), Path("law.png")], captions={"law": "Of the law."}, **tables_read,
-    ))  # fmt: skip
+@pytest.fixture(scope="module")
+def page(results):
+    settings = Analyze(resamples=50, folds=2)
+    found = analyze(results.plans, results.evaluate, results.responses, settings=settings, seed=0)
+    made = {"gates": gates(), "law": law(), "goodhart": found}
+    made |= {"success": success(results, found), "controls": controls(results)}
+
+    def render(**changes):
+        return markdown.render(report.page(
+            "tiny", plans=results.plans, evaluate=results.evaluate, checkpoints=CHECKPOINTS,
+            sentences=summary(found, results.evaluate, results.plans),
+            figures=[Path("results/tiny/goodhart.png"), Path("law.png")], captions={"law": "Of the law."},
+            **made | changes,
+        ))  # fmt: skip
+
+    return render
 
 
 def test_the_table_has_every_named_plan_and_no_random_one(results):
@@ -101,22 +102,22 @@ def test_the_page_tells_divergence_and_flips_plan_by_plan(results):
     assert grids.divergence(results.plans, results.evaluate) == []  # nothing was told
 
 
-def test_the_page_tells_perplexity_by_protocol(results):
+def test_the_page_tells_perplexity_by_protocol(page):
     rows = [
         ("reference", "wikitext2/lm-eval", "word_perplexity", 20.0, 19.0, 21.0, "lm-eval: how"),
         ("best", "wikitext2/lm-eval", "word_perplexity", 30.0, 29.0, 31.0, "lm-eval: how"),
         ("reference", "wikitext2/gptq", "ppl", 5.0, 4.0, 6.0, "gptq: how"),
     ]
     frame = pd.DataFrame(rows, columns=["plan", "task", "metric", "value", "lo", "hi", "protocol"])
-    text = page(results, protocols=frame)
+    text = page(protocols=frame)
     assert "| wikitext2 | gptq | reference | 5.000 [4.000, 6.000] | - |" in text
     assert text.index("| lm-eval | reference |") < text.index("| lm-eval | best |") < text.index("| gptq |")
     assert "| 30 [29, 31] |" in text and "- `wikitext2/gptq`: gptq: how." in text
-    assert "by protocol" not in page(results)
+    assert "by protocol" not in page()
 
 
-def test_the_page_is_headed_by_the_levels_and_links_figures_with_their_captions(results):
-    text = page(results)
+def test_the_page_is_headed_by_the_levels_and_links_figures_with_their_captions(page):
+    text = page()
     head = "# tiny\n\n## What was reached\n\n| criterion | budget | on | measured | reached | certainly | minimal |"
     assert text.startswith(head)
     assert "![goodhart](goodhart.png)\n\n![law](law.png)\n\nOf the law.\n" in text and "4 of 6 checks say GO" in text
@@ -124,9 +125,9 @@ def test_the_page_is_headed_by_the_levels_and_links_figures_with_their_captions(
     assert f"| R² of log error, in sample |  | multiplicative {row}" in text
 
 
-def test_what_was_not_measured_is_a_row_that_says_why(results):
+def test_what_was_not_measured_is_a_row_that_says_why(results, page):
     bare = empty(tables.GOODHART, [])
-    text = page(results, law=law().iloc[:0], goodhart=bare, success=success(results, bare, law=law().iloc[:0]))
+    text = page(law=law().iloc[:0], goodhart=bare, success=success(results, bare, law=law().iloc[:0]))
     assert (
         "| PPL gain of best over uniform | 2.6bpw |  | no uniform plan to compare with | none | none | ≥ 3 % |" in text
     )
@@ -160,9 +161,9 @@ def test_time_is_added_up_by_stage_in_the_order_of_the_flow(logs):
     assert report.times(logs / "none") == []
 
 
-def test_the_page_ends_with_the_time_if_there_is_one(results, logs):
-    assert "went" not in page(results)
-    assert "| sweep | 3 | 2:40 | 3:50 | 80 % |" in page(results, times=report.times(logs))
+def test_the_page_ends_with_the_time_if_there_is_one(page, logs):
+    assert "went" not in page()
+    assert "| sweep | 3 | 2:40 | 3:50 | 80 % |" in page(times=report.times(logs))
 
 
 def test_no_perplexity_is_one_clear_line(results):
@@ -170,18 +171,21 @@ def test_no_perplexity_is_one_clear_line(results):
         report.table(results.plans, results.evaluate.query("suite == 'world'"), CHECKPOINTS, gates())
 
 
-def test_the_command_prints_the_table_and_the_time(results, logs, tmp_path):
+def test_the_command_prints_the_table_and_the_time(results, logs, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "results/tiny"
     frames = {tables.PLANS: results.plans, tables.EVALUATE: results.evaluate, tables.CHECKPOINTS: CHECKPOINTS}
     for table, frame in (frames | {tables.GATES: gates()}).items():
         table.write(frame, folder / f"{table.name}.parquet")
-    run = [sys.executable, "-m", "bitalloc.report"]
-    done = subprocess.run([*run, str(folder)], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("plan ") and "best-2.6bpw" in done.stdout
-    assert "sweep        3  2:40  3:50           80 %" in done.stdout.splitlines()
-    absent = subprocess.run([*run, str(tmp_path / "none")], capture_output=True, text=True, check=False)
-    assert absent.returncode == 1
-    assert absent.stderr.startswith("error: cannot read") and absent.stderr.count("\n") == 1
+    monkeypatch.setattr(sys, "argv", ["report", str(folder)])
+    runpy.run_path(report.__file__, run_name="__main__")
+    said = capsys.readouterr().out
+    assert said.startswith("plan ") and "best-2.6bpw" in said
+    assert "sweep        3  2:40  3:50           80 %" in said.splitlines()
+    monkeypatch.setattr(sys, "argv", ["report", str(tmp_path / "none")])
+    with pytest.raises(SystemExit, match=r"^1$"):
+        runpy.run_path(report.__file__, run_name="__main__")
+    said = capsys.readouterr().err
+    assert said.startswith("error: cannot read") and said.count("\n") == 1
 
 
 def test_the_model_card_says_what_it_is_and_how_to_load_it(results):

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from fractions import Fraction
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,50 +20,25 @@ import yaml
 from numpy.typing import NDArray
 
 from bitalloc import precision
-from bitalloc.config import Allocate, Bits, Config, Sweep, parse_bytes
+from bitalloc.budget import Budget, parse_budget
+from bitalloc.config import SPOKEN, Allocate, Config, budget_slug, tuned_from
 from bitalloc.errors import BitallocError
 from bitalloc.families import FUSED
-from bitalloc.formats.carried import carries, rest_nbytes
+from bitalloc.formats.carried import carries
 from bitalloc.formats.carried import nbytes as carried_nbytes
 from bitalloc.formats.layout import checkpoint_nbytes, claim
 from bitalloc.option import PASS_THROUGH, Option
 from bitalloc.strategies import Choice, Instance, random, strategy
 from bitalloc.strategies.component import components
+from bitalloc.strategies.fair import Spoken
 from bitalloc.strategies.optimal import Solution, gap, solve
 from bitalloc.strategies.position import position
 
 _OPTION = ["quantizer", "bits", "group_size", "rank"]
 UNFUSED = "unfused"  # the optimum if nothing were fused; it never competes for `best`
-_UNIFORM = re.compile(r"uniform ([0-9]+)b(?: g([1-9][0-9]*))?(?: r([0-9]+))?")
-_BPW = re.compile(r"([0-9]*\.?[0-9]+) ?bpw")
-_CARD = re.compile(r"(.*?)(?: context ([1-9][0-9]*)(?: batch ([1-9][0-9]*))?)?")
 _TRIES = 10  # solves or draws for each further plan that must differ from those before
 _RESTRICTED = {"bits_only": "rank 0 only", "rank_only": "one quantizer, bits and group size; rank free"}
 _KL, _NLL = ("divergence", "kl_nats_per_token"), ("perplexity", "nll_nats_per_token")
-
-
-@dataclass(frozen=True)
-class Budget:
-    """`nbytes` for the claimed matrices; `rest` bytes beside them if the text speaks of the whole checkpoint."""
-
-    text: str
-    nbytes: int
-    rest: int = 0
-    option: Option | None = None
-
-    @property
-    def slug(self) -> str:
-        return budget_slug(self.text)
-
-
-def budget_slug(text: str) -> str:
-    """The budget in the names of plans.
-
-    >>> budget_slug("2.6bpw"), budget_slug("8 GB"), budget_slug("uniform 3b  g64 r8"), budget_slug("8GB context 4096")
-    ('2.6bpw', '8GB', 'uniform-3b-g64-r8', '8GB-context-4096')
-    """
-    text = " ".join(text.split())
-    return text.replace(" ", "-") if text.startswith("uniform") or " context " in text else text.replace(" ", "")
 
 
 def build(
@@ -128,86 +101,6 @@ def units(place: pd.DataFrame, groups: Sequence[str]) -> NDArray[np.int64]:
     return pd.factorize(pd.Series(keys, dtype=object))[0]
 
 
-def limit(text: str, inventory: pd.DataFrame) -> int | None:
-    """Bytes that a budget leaves to the whole checkpoint; None when it speaks of the claimed matrices alone.
-
-    "24GB context 8192 batch 2" is the memory of a card, from which `serving_nbytes` goes off.
-    """
-    clean = " ".join(text.split())
-    if _UNIFORM.fullmatch(clean) or _BPW.fullmatch(clean):
-        return None
-    memory, context, batch = _CARD.fullmatch(clean).groups()
-    served = serving_nbytes(inventory, int(context), int(batch or 1)) if context else 0
-    return parse_bytes(memory) - served
-
-
-def serving_nbytes(inventory: pd.DataFrame, context: int, batch: int) -> int:
-    """Bytes that a server needs beside the weights, an estimate: its cache, and the activations of one pass.
-
-    Cache: keys and values of all tokens in 16 bits, as long as the context in every block. Activations: input and
-    output of the widest matrix for all tokens of a pass in 16 bits, and the logits of the last ones in 32.
-    """
-    claimed = inventory[inventory["claimed"]]
-    rows = claimed.groupby("role")["rows"].sum()
-    cached = sum(int(rows.get(role, 0)) for role in ("k_proj", "v_proj")) + 2 * int(rows.get("c_attn", 0)) // 3
-    widest = int((claimed["rows"] + claimed["columns"]).max())
-    vocabulary = int(inventory.loc[inventory["kind"].isin(["embedding", "head"]), "rows"].max())
-    return batch * (2 * context * (cached + widest) + 4 * vocabulary)
-
-
-def parse_budget(
-    text: str, instance: Instance, inventory: pd.DataFrame, sweep: Sweep, form: str = "bitalloc"
-) -> Budget:
-    """Bytes for the claimed matrices of "8GB" / "8GiB" (whole checkpoint), "2.6bpw" or "uniform 3b g64 r8".
-
-    "24GB context 8192 batch 2" is the memory of a card that also serves: see `serving_nbytes`. A uniform budget
-    without g takes the first group size of the sweep, without r no low-rank part. All bytes are those of `form`.
-    Raises `BitallocError` for what cannot be read, for less than the smallest plan and for more than the largest.
-    """
-    clean = " ".join(text.split())
-    if match := _UNIFORM.fullmatch(clean):
-        budget = _uniform_budget(text, match, inventory, sweep, form=form)
-    elif match := _BPW.fullmatch(clean):
-        budget = Budget(text, math.floor(Fraction(match[1]) * int(instance.weights_N.sum()) / 8))
-    else:
-        try:
-            total = limit(clean, inventory)
-        except BitallocError as error:
-            raise BitallocError(
-                f"budget {text!r}: {error}; or 2.6bpw, or uniform 3b g64 r8, or 24GB context 8192 batch 1"
-            ) from None
-        rest = rest_nbytes(inventory, instance.options, sweep, form)
-        budget = Budget(text, total - rest, rest)
-    asked = f"budget {text} = {budget.nbytes + budget.rest:,} bytes"
-    if budget.rest:
-        asked += f" ({budget.rest:,} go to what is not claimed)"
-    if budget.nbytes < instance.least:
-        raise BitallocError(f"{asked} is below the least possible; {instance.reach(budget.rest)}")
-    if budget.nbytes > instance.most:
-        raise BitallocError(f"{asked} is above the largest plan, it changes nothing; {instance.reach(budget.rest)}")
-    return budget
-
-
-def _uniform_budget(text: str, match: re.Match, inventory: pd.DataFrame, sweep: Sweep, *, form: str) -> Budget:
-    bits, group_size, rank = int(match[1]), int(match[2] or sweep.group_sizes[0]), int(match[3] or 0)
-    if bits not in get_args(Bits):
-        raise BitallocError(f"budget {text!r}: no code has {bits} bits; valid: {', '.join(map(str, get_args(Bits)))}")
-    option = Option(sweep.quantizers[0], bits, group_size, rank, sweep.factor_bits, sweep.symmetric)
-    if bits == 16:
-        option = Option(PASS_THROUGH, 16, 0, 0)
-    matrices = inventory[inventory["claimed"]]
-    tables = matrices["kind"].isin(["embedding", "head"])  # which uniform plans leave at their most bits
-    widest = max(sweep.embedding_bits)
-    table = Option(PASS_THROUGH, 16, 0, 0) if widest == 16 else replace(option, bits=widest, rank=0)
-    shapes = zip(matrices["rows"], matrices["columns"], tables, strict=True)
-    if not carries(form, option):
-        raise BitallocError(f"budget {text!r}: {form} has no place for {option.name}; leave the rank out")
-    total = sum(
-        carried_nbytes(form, table if apart else option, int(rows), int(columns)) for rows, columns, apart in shapes
-    )
-    return Budget(text, total, option=option)
-
-
 def allocate(  # noqa: PLR0917 - tables and settings
     costs: pd.DataFrame,
     sensitivity: pd.DataFrame,
@@ -215,6 +108,7 @@ def allocate(  # noqa: PLR0917 - tables and settings
     config: Config,
     embeddings: pd.DataFrame | None = None,
     leaked: pd.DataFrame | None = None,
+    languages: pd.DataFrame | None = None,
 ) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:
     """PLANS frame and plan name -> PLAN frame: all budgets x strategies, runners-up, the random pool, and the arms.
 
@@ -222,7 +116,8 @@ def allocate(  # noqa: PLR0917 - tables and settings
     that are to be fused take one option together; the plan `unfused` then shows what that costs. `embeddings`, an
     EMBEDDINGS frame, puts the embedding and a head of its own into the same budgets. A control (`bits_only`,
     `rank_only`) that the options do not allow is left out, and the note of `optimal` says why. `leaked`, a SENSITIVITY
-    frame of the report windows, gives the candidates `leaked_1`, `leaked_2` .. of the arm of that name.
+    frame of the report windows, gives the candidates `leaked_1`, `leaked_2` .. of the arm of that name. `languages`,
+    a LANGUAGES frame, is what the strategies `fair` and `english` go by.
     """
     settings = config.allocate
     whole = build(costs, sensitivity, inventory, config, embeddings)
@@ -233,17 +128,19 @@ def allocate(  # noqa: PLR0917 - tables and settings
     unit_N = units(place, config.fuse)
     instance = whole.fused(unit_N)
     seen = None if searched is None else searched.fused(unit_N)
+    spoken = None if languages is None else _spoken(languages, costs, stored, config, unit_N)
     budgets = [parse_budget(text, instance, inventory, config.sweep, config.format) for text in settings.budgets]
     if twice := [b.text for b in budgets if [c.slug for c in budgets].count(b.slug) > 1]:
         raise BitallocError(f"allocate.budgets names {twice[0]!r} twice; remove one")
     for name in settings.strategies:
-        strategy(name)
+        if name not in SPOKEN:
+            strategy(name)
     rows, frames = [], {}
     for budget in budgets:
         solution = solve(instance, budget.nbytes)
         choices = [
             (name, plan, choice_U[unit_N], note)
-            for name, plan, choice_U, note in _choices(instance, budget, solution, config, seen)
+            for name, plan, choice_U, note in _choices(instance, budget, solution, config, leaked=seen, spoken=spoken)
         ]
         if config.fuse:
             free_N, fused = solve(whole, budget.nbytes).choice_N, instance.objective(solution.choice_N)
@@ -353,7 +250,13 @@ def _with_reference(instance: Instance, sides_N2: NDArray[np.int64], form: str) 
 
 
 def _choices(
-    instance: Instance, budget: Budget, solution: Solution, config: Config, leaked: Instance | None
+    instance: Instance,
+    budget: Budget,
+    solution: Solution,
+    config: Config,
+    *,
+    leaked: Instance | None,
+    spoken: Spoken | None,
 ) -> Iterator[tuple[str, str, Choice, str]]:
     """(strategy, plan name, choice, note) of everything that is made for one budget."""
     settings, draw = config.allocate, [config.seed, *budget.slug.encode()]
@@ -363,6 +266,10 @@ def _choices(
             found[name] = solution.choice_N, ""
         elif name == "uniform":
             found[name] = _uniform(instance, budget)
+        elif name in SPOKEN:
+            if spoken is None:
+                raise BitallocError(f"the strategy {name} needs LANGUAGES, what every matrix costs each language")
+            found[name] = spoken.choose(name, instance, budget.nbytes, ignoring=solution.choice_N)
         else:
             try:
                 choice_N = strategy(name)(instance, budget.nbytes, seed=config.seed)
@@ -385,6 +292,26 @@ def _choices(
             yield f"leaked_{rank}", f"leaked_{rank}-{budget.slug}", choice_N, "coefficients of the report windows"
     for serial, choice_N in enumerate(_pool(instance, budget, settings, draw)):
         yield "random", f"random-{budget.slug}-{serial:03d}", choice_N, ""
+
+
+def _spoken(
+    languages: pd.DataFrame, costs: pd.DataFrame, inventory: pd.DataFrame, config: Config, unit_N: NDArray[np.int64]
+) -> Spoken:
+    """Predicted relative damage of every option to each language above its floor: coefficient x rel_error / its NLL.
+
+    Raises `BitallocError` when no language is above its floor, and where the embedding has options.
+    """
+    if config.sweep.embedding_bits != [16]:
+        raise BitallocError(
+            f"{' and '.join(SPOKEN)} cannot choose an embedding: what it costs each language is not "
+            "measured; set sweep.embedding_bits to [16]"
+        )
+    found = {
+        str(language): build(costs, rows, inventory, config).fused(unit_N).costs_NK
+        / rows["reference_nll_nats_per_token"].iloc[0]
+        for language, rows in languages[~languages["floor"]].groupby("language", sort=False)
+    }
+    return Spoken(found, config.fairness.margin_en)
 
 
 def _uniform(instance: Instance, budget: Budget) -> tuple[Choice, str]:
@@ -516,17 +443,6 @@ def tuned(
             rows.append({**row, "plan": name, "strategy": title, "note": note})
             chosen[name] = frames[row["plan"]]
     return pd.DataFrame(rows, columns=plans.columns).astype(plans.dtypes), chosen
-
-
-def tuned_from(strategy: str) -> str | None:
-    """The strategy whose map a tuned one keeps; None for one that is not tuned.
-
-    >>> tuned_from("tuned"), tuned_from("tuned_uniform"), tuned_from("best")
-    ('best', 'uniform', None)
-    """
-    if strategy != "tuned" and not strategy.startswith("tuned_"):
-        return None
-    return strategy.removeprefix("tuned").removeprefix("_") or "best"
 
 
 def write_overrides(plan: pd.DataFrame, row: Mapping[str, Any]) -> str:

@@ -25,6 +25,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Bits = Literal[2, 3, 4, 8, 16]
 Rule = Literal["all_high", "all_low", "early", "early_0", "middle", "late", "last", "champion"]
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int4", "int3", "int2"]
+SPOKEN = ("fair", "english")  # strategies that ask what a plan costs each language
 
 
 class Section(BaseModel):
@@ -230,7 +231,7 @@ class Tune(Section):
     )
     windows: Positive = Field(128, description="calibrate windows that are learned on, drawn by seed; all if fewer")
     holdout: Share = Field(0.125, description="share of them that only judges the iterates")
-    batch: Positive = Field(8, description="windows a step")
+    batch: Positive = Field(4, description="windows a step")
     polish: Annotated[int, Field(ge=0)] = Field(
         200,
         description="steps through the whole model, against the KL of its predictions; 0: none. In memory: the model "
@@ -241,7 +242,7 @@ class Tune(Section):
     )
     polish_optimizer: Literal["sign", "adam"] = Field("adam", description="signed gradient descent, or Adam")
     polish_rate: Annotated[float, Field(gt=0)] | None = Field(
-        0.001, description="of the first of them; null: 1 / polish"
+        0.0003, description="of the first of them; null: 1 / polish"
     )
     sample: Positive = Field(32, description="blocks at one option that are learned for tune.png, drawn by seed")
 
@@ -356,6 +357,33 @@ class Drift(Section):
     batch: Positive = Field(8, description="sequences a forward pass")
 
 
+class Schemes(Section):
+    names: list[str] = Field(
+        [
+            "bf16", "fp16", "w8a8", "w8a8@torchao", "w8a8+static", "w8a8+online",
+            "w4a16", "w4a16+rtn", "w4a16+gptq", "w4a16+gptq+dp",
+            "w4a8", "w4a8+g32", "w4a8+asym", "w4a8+asym@torchao", "w4a8+static", "w4a8+online", "w4a8+dp",
+            "w4a8+gptq", "w4a8+gptq+online", "w4a8+gptq+online+dp",
+            "w4a4", "w4a4@compressed-tensors", "w4a4+rtn", "w4a4+gptq", "w4a4+g32", "w4a4+static", "w4a4+static+p99",
+            "w4a4+static+p100", "w4a4+asym", "w4a4+clip", "w4a4+online", "w4a4+folded", "w4a4+dp",
+            "w4a4+gptq+online", "w4a4+gptq+online+folded", "w4a4+gptq+online+folded+dp",
+            "w4a4+gptq+online+folded+dp+clip", "w4a4+gptq+online+folded+dp+asym",
+            "w4a4+online+folded+dp", "w4a4+online+folded+dp+gptq", "w4a4+gptq+folded+dp", "w4a4+gptq+folded+dp+online",
+            "w4a4+gptq+online+dp", "w4a4+gptq+online+dp+folded",
+        ],
+        description="schemes of weights and activations that are scored, as bitalloc/scheme.py names them; each is "
+        "held against the one without what its name says last",
+    )  # fmt: skip
+    layerwise: list[str] = Field(["w4a4"], description="schemes whose modules are quantised, and spared, one by one")
+    group_size: Positive | None = Field(
+        None, description="weights along the input that share one scale; null: all of a row; +g32 in a name goes before"
+    )
+    percentile: Annotated[float, Field(gt=0, le=100)] = Field(
+        99.9, description="of |x|, percent: what `static` does not clip"
+    )
+    windows: Positive = Field(64, description="calibrate windows that are read, evenly over all")
+
+
 class Report(Section):
     authors: list[str] = Field([], description="author line of the paper; none: bitalloc")
 
@@ -371,6 +399,53 @@ class Backends(Section):
         ],
         description="members of the family of backends",
     )  # fmt: skip
+
+
+class Price(Section):
+    """What an hour of a machine costs, where that was read and when."""
+
+    usd_per_hour: Annotated[float, Field(gt=0)] | None = Field(None, description="null: unknown, and no cost is told")
+    source: str = Field("", description="where the price was read")
+    date: str = Field("", description="when, YYYY-MM-DD")
+
+    @model_validator(mode="after")
+    def _dated(self) -> Price:
+        if self.usd_per_hour is not None and not (self.source and re.fullmatch(r"\d{4}-\d\d-\d\d", self.date)):
+            raise ValueError("a price needs its `source` and its `date`, 2026-01-31 in quotes")
+        return self
+
+
+class Profile(Section):
+    variants: list[str] = Field(
+        ["reference", "all_low:torchao_int8", "champion:native"],
+        min_length=1,
+        description="what is held against the first of them: reference, <rule or plan>:<backend>",
+    )
+    lengths: list[Positive] = Field([128, 512, 2048], min_length=1, description="tokens of a prompt")
+    batches: list[Positive] = Field([1, 4], min_length=1, description="sequences side by side")
+    new_tokens: Annotated[int, Field(ge=2)] = Field(32, description="tokens that each writes; none ends early")
+    warmup: Positive = Field(2, description="generations before the clock counts, for every variant, length and batch")
+    iterations: Positive = Field(10, description="generations that are timed, at least")
+    seconds: Annotated[float, Field(ge=0)] = Field(10.0, description="seconds of them, at least, of every variant")
+    compile: bool = Field(False, description="torch.compile; what it takes is told apart")
+    utilisation: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="share of a paid hour in which the device is at work, for the cost; 1: the least it can be"
+    )
+    prices: dict[str, Price] = Field({}, description="machine -> {usd_per_hour, source, date}")
+    priced_as: str | None = Field(
+        None, description="the machine of prices that the tokens are costed on; null: no cost is told"
+    )
+    resamples: Positive = Field(2000, description="bootstrap resamples of an interval")
+
+    @model_validator(mode="after")
+    def _priced(self) -> Profile:
+        if self.priced_as is None:
+            return self
+        if self.priced_as not in self.prices:
+            raise ValueError(f"no price of {self.priced_as!r}: {nearest(self.priced_as, self.prices)}")
+        if self.prices[self.priced_as].usd_per_hour is None:
+            raise ValueError(f"the price of {self.priced_as!r} is null; give usd_per_hour, its source and date")
+        return self
 
 
 class Check(Section):
@@ -411,6 +486,7 @@ class Checks(Section):
         0.25, "share of uniform's excess loss that best recovers at 2.4-2.7 bits a weight (or 5 % PPL), at least"
     )
     downstream: Check = _check(2.0, "points of accuracy that best loses to the reference, at most")
+    languages: Check = _check(2, "languages in which the reference is better than a byte-unigram model, at least")
 
 
 class Gates(Section):
@@ -487,6 +563,27 @@ CORPORA = {
 }
 
 
+class Fairness(Section):
+    """Multilingual disparity: parallel text, and what may be protected on whose behalf."""
+
+    languages: list[str] = Field(["en", "he", "ar", "zh"], description="as their texts are named; en has the margin")
+    text: str = Field(
+        "", description="folder of <language>.txt, aligned line by line; empty: built in, of the tiny world"
+    )
+    sentences: Annotated[int, Field(gt=0)] | None = Field(None, description="aligned sentences drawn of the text")
+    bits: Literal[2, 3, 4, 8] = Field(4, description="of what is not protected: absmax codes, one scale a row")
+    protect_bits: Literal[3, 4, 8, 16] = Field(16, description="of a block or embedding that is protected")
+    budget: str = Field(
+        "", description="5.2bpw over all that may be rounded, or bytes of all; empty: as blocks 0, 9 and 11 of 12 take"
+    )
+    margin_en: Annotated[float, Field(ge=0)] = Field(
+        0.01,
+        description="what English may lose more, as a share of its NLL, than under the plan that ignores languages",
+    )
+    pairs: Annotated[int, Field(ge=0)] = Field(100, description="pairs of units that are measured, at most")
+    seeds: Positive = Field(20, description="random sets that the fair one is compared with")
+
+
 class Study(Section):
     """One file of config/studies: which models are held against one another, on which texts."""
 
@@ -526,8 +623,11 @@ class Config(Section):
     analyze: Analyze = Field(default_factory=Analyze)
     passkey: Passkey = Field(default_factory=Passkey)
     drift: Drift = Field(default_factory=Drift)
+    schemes: Schemes = Field(default_factory=Schemes)
     report: Report = Field(default_factory=Report)
     backends: Backends = Field(default_factory=Backends)
+    profile: Profile = Field(default_factory=Profile)
+    fairness: Fairness = Field(default_factory=Fairness)
     gates: Gates = Field(default_factory=Gates)
     skip: dict[str, str] = Field(
         {}, description="model -> why studies leave it out; `make validate` fills it in for what the machine lacks"
@@ -598,7 +698,8 @@ def _keys(path: list[str], root: Any = None) -> list[str]:
     section: Any = root or Config
     for part in path:
         field = getattr(section, "model_fields", {}).get(part)
-        section = {"models": Model, "corpora": Corpus, "tasks": Task}.get(part, field.annotation if field else section)
+        named = {"models": Model, "corpora": Corpus, "tasks": Task, "prices": Price}
+        section = named.get(part, field.annotation if field else section)
     return list(section.model_fields)
 
 
@@ -639,6 +740,27 @@ def parse_bytes(text: str) -> int:
     if match[2].lower() not in units:
         raise BitallocError(f"unknown unit {match[2]!r} in {text!r}: {nearest(match[2], list(_UNITS)[1:])}")
     return round(float(match[1]) * units[match[2].lower()])
+
+
+def budget_slug(text: str) -> str:
+    """The budget in the names of plans.
+
+    >>> budget_slug("2.6bpw"), budget_slug("8 GB"), budget_slug("uniform 3b  g64 r8"), budget_slug("8GB context 4096")
+    ('2.6bpw', '8GB', 'uniform-3b-g64-r8', '8GB-context-4096')
+    """
+    text = " ".join(text.split())
+    return text.replace(" ", "-") if text.startswith("uniform") or " context " in text else text.replace(" ", "")
+
+
+def tuned_from(strategy: str) -> str | None:
+    """The strategy whose map a tuned one keeps; None for one that is not tuned.
+
+    >>> tuned_from("tuned"), tuned_from("tuned_uniform"), tuned_from("best")
+    ('best', 'uniform', None)
+    """
+    if strategy != "tuned" and not strategy.startswith("tuned_"):
+        return None
+    return strategy.removeprefix("tuned").removeprefix("_") or "best"
 
 
 def expand(text: str) -> str | None:

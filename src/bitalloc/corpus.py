@@ -28,6 +28,7 @@ from bitalloc.world import World, docstrings, documents
 
 SPLITS = ("calibrate", "select", "report")
 HUB_TIMEOUT_S = 5
+MADE_UP = 64  # words that a tokenizer has at least that was not made from config.json alone
 HUB_REASONS = {
     "LocalEntryNotFoundError": "not in the cache, and the hub cannot be reached",
     "GatedRepoError": "gated: accept its licence on the hub, then log in",
@@ -147,7 +148,10 @@ def load_tokenizer(path: Path) -> Tokenizer:
             return Tokenizer.from_file(str(file))
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True).backend_tokenizer
+        made = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True).backend_tokenizer
+        if made.get_vocab_size() < MADE_UP:
+            raise ValueError("transformers makes up one without words")
+        return made
     except Exception as error:  # noqa: BLE001 - tokenizers raises bare Exception, transformers many kinds
         reason = " ".join(str(error).split())[:100]
         raise BitallocError(f"no tokenizer in {path} ({reason}); put its tokenizer.json beside config.json") from None

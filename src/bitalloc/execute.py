@@ -8,16 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from math import comb, sqrt
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from bitalloc import config, sandbox
 from bitalloc.config import parse_bytes
 from bitalloc.errors import BitallocError
 from bitalloc.progress import Progress
-from bitalloc.statistics import share_interval
-from bitalloc.tables import HUMANEVAL, OUTCOMES
+
+if TYPE_CHECKING:
+    import pandas as pd  # imported where frames are made: `permit` is asked at every start of snakemake
 
 REFERENCE = "reference"
 
@@ -37,6 +36,10 @@ def execute(samples: pd.DataFrame, settings: config.HumanEval, *, workers: int) 
     Raises `BitallocError` when execution is off, when nothing here can contain a program, and when a problem's
     own tests cannot be run.
     """
+    import pandas as pd
+
+    from bitalloc.tables import OUTCOMES
+
     permit(settings)
     backend = sandbox.backend()
     limits = sandbox.Limits(wall_s=settings.timeout_s, memory_nbytes=parse_bytes(settings.memory))
@@ -76,6 +79,11 @@ def score(outcomes: pd.DataFrame, settings: config.HumanEval) -> pd.DataFrame:
 
     Floor: the unquantised model solves nothing, so that no plan can be worse.
     """
+    import pandas as pd
+
+    from bitalloc.statistics import share_interval
+    from bitalloc.tables import HUMANEVAL
+
     reference = outcomes[outcomes["plan"] == REFERENCE]
     if reference.empty:
         raise BitallocError(f"humaneval: no outcomes of {REFERENCE}, which says whether there is anything to lose")

@@ -25,7 +25,13 @@ if TYPE_CHECKING:
 ROUTES = {"fit": ("law", "interpolation"), "allocate": ("optimal", "near_uniform")}  # gate -> (route, fallback)
 STEEP_BPW = (2.4, 2.7)  # bits a weight where allocation has something to win: the pilot's budget
 PILOT_GAIN = 0.05  # share of PPL that passes for the pilot whatever was recovered
-_COMPARISONS = {"completeness": ">=", "optimal_recovery": ">=", "predicted_bytes": "<=", "downstream": "<="}
+_COMPARISONS = {
+    "completeness": ">=",
+    "optimal_recovery": ">=",
+    "predicted_bytes": "<=",
+    "downstream": "<=",
+    "languages": ">=",
+}
 _REFUSED = {">": "<=", ">=": "<", "<=": ">"}
 
 
@@ -134,6 +140,12 @@ def gate_compress(*, checkpoints: pd.DataFrame, gates: Gates) -> pd.DataFrame:
     """Do checkpoints have the promised size? predicted_bytes = largest |bytes on disk / predicted - 1|."""
     off = (checkpoints["nbytes"] / checkpoints["predicted_nbytes"] - 1).abs()
     return _frame(gates, "compress", predicted_bytes=(off.max(skipna=False), "checkpoints.parquet"))
+
+
+def gate_fairness(*, languages: pd.DataFrame, gates: Gates) -> pd.DataFrame:
+    """Is there more than one language to be fair to? languages = those in which the reference is above its floor."""
+    above = languages.loc[~languages["floor"], "language"].nunique()
+    return _frame(gates, "fairness", languages=(above, "languages.parquet"))
 
 
 def gate_downstream(*, plans: pd.DataFrame, evaluate: pd.DataFrame, gates: Gates) -> pd.DataFrame:

@@ -1,7 +1,7 @@
 """The sweep: every claimed matrix under every option, in units that are the jobs of the workflow.
 
 A unit is a block ("block-003"), a matrix ("block-003.q_proj") or one experiment
-("block-003.q_proj.gptq-3b-g64-r8"). Planning units needs no torch.
+("block-003.q_proj.gptq-3b-g64-r8"). Planning units needs no torch, and no pandas, at every start of snakemake.
 """
 
 from __future__ import annotations
@@ -12,16 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pandas as pd
-
 from bitalloc.config import Sweep
 from bitalloc.errors import BitallocError, nearest
 from bitalloc.families import Family
 from bitalloc.option import Option, options
 from bitalloc.progress import Progress
-from bitalloc.tables import SWEEP
 
 if TYPE_CHECKING:
+    import pandas as pd
     import torch
 
     from bitalloc.store import Store
@@ -105,6 +103,10 @@ def assemble(
 
     Raises `BitallocError` when an experiment is missing or strange to this configuration.
     """
+    import pandas as pd
+
+    from bitalloc.tables import SWEEP
+
     roles = [role.name for role in family.roles]
     claimed = inventory[inventory["claimed"]]
     layers = sorted(claimed.to_dict("records"), key=lambda row: (row["block"], roles.index(row["role"])))

@@ -237,6 +237,20 @@ SENSITIVITY = Table(
         Column("rel_error", FLOAT, "rel_error of the probe option"),
     ),
 )
+LANGUAGES = Table(
+    "languages",
+    "What a unit of relative error in one matrix costs each language, on the select half of the parallel text.",
+    ("model", "layer", "language"),
+    (
+        _MODEL,
+        _LAYER,
+        Column("language", STR, "as its text is named, e.g. he"),
+        Column("signal", STR, "as in SENSITIVITY"),
+        Column("coefficient", FLOAT, "nats a token of this language for each unit of rel_error"),
+        Column("reference_nll_nats_per_token", FLOAT, "what the reference needs for this language"),
+        Column("floor", BOOL, "the reference is no better than a byte-unigram model: no plan is judged by it"),
+    ),
+)
 EMBEDDINGS = Table(
     "embeddings",
     "What the embedding and a head of its own cost at fewer bits, each measured by itself.",
@@ -255,6 +269,66 @@ EMBEDDINGS = Table(
         Column("lo", FLOAT, "lower end of its 95 % interval over windows"),
         Column("hi", FLOAT, "upper end of its 95 % interval over windows"),
         Column("key", STR, "shard in the store that holds the tensors"),
+    ),
+)
+_SCHEME = (
+    Column("scheme", STR, "its name, as bitalloc/scheme.py reads it; reference: the unquantised model"),
+    Column("weights", STR, "type and method of the weights in scope"),
+    Column("activations", STR, "type and scale of what they are multiplied with"),
+    Column("rotation", STR, "none, online (an extra operation at run time), folded (into weights, exact), or both"),
+    Column("allocation", STR, "uniform, or optimal: bits per unit by the exact solver"),
+    Column("w_bits", INT, "bits of a weight; under optimal: of the uniform plan whose bytes are the budget"),
+    Column("a_bits", INT, "bits of an activation"),
+    Column("group_size", INT, "weights along the input that share one scale; missing: a whole row", nullable=True),
+    Column("per_channel", BOOL, "one scale a row"),
+    Column("quant_backend", STR, "simulated (ours), torchao or compressed-tensors; no speed follows from any"),
+    Column("calib_method", STR, "what sets the codes of the weights: absmax, rtn, gptq or none"),
+)
+SCHEMES = Table(
+    "schemes",
+    "Weights and activations in few bits: what every scheme does to perplexity and predictions, corpus by corpus.",
+    ("scheme", "task"),
+    (
+        *_SCHEME,
+        Column("task", STR, "<corpus>/<split>"),
+        Column("status", STR, "measured, or why the backend does not carry it or is not here"),
+        *_estimate("ppl", "e^nll"),
+        *_estimate("nll_nats_per_token", "-log q of the next token, mean over scored tokens"),
+        *_estimate("kl_nats_per_token", "KL(reference || scheme), mean over scored tokens"),
+        *_estimate("top1", "share of tokens at which both have the same argmax"),
+        Column("against", STR, "the scheme without what the name says last; empty where the table has none"),
+        *_estimate("kl_change_nats_per_token", "KL less that of `against`, paired by window"),
+        *_estimate("nll_change_nats_per_token", "nll less that of `against`, paired by window"),
+        Column("n_tokens", INT, "scored tokens"),
+        Column("n_windows", INT, "windows, which are resampled"),
+        Column("nbytes", INT, "bytes of the matrices in scope as stored there", nullable=True),
+        Column("bits_per_weight", FLOAT, "8 nbytes / their weights", nullable=True),
+        Column("rotations", INT, "modules whose input is rotated at run time", nullable=True),
+        Column("bits", STR, "unit -> bits, JSON", nullable=True),
+        Column("seed", INT, "of the rotations and the resampling"),
+        Column("scope", STR, "what is quantised and what is not, with reasons, JSON"),
+        Column("scope_digest", STR, "SHA-256 of it"),
+        Column("protocol", STR, "how it was measured, in full"),
+    ),
+)
+LAYERWISE = Table(
+    "layerwise",
+    "A scheme for one module alone, and for all but one: where it hurts. Select split, all corpora.",
+    ("scheme", "mode", "layer", "part"),
+    (
+        Column("scheme", STR, "its name, as bitalloc/scheme.py reads it"),
+        Column("mode", STR, "all; quantise: this one alone; protect: all but this one, whose weights and input stay"),
+        Column("layer", STR, "module path of the matrix; empty for all"),
+        Column("block", INT, "index of the block; -1 for all"),
+        Column("role", STR, "in_proj, out_proj, ...; empty for all"),
+        Column("part", STR, "all, or rows of in_proj of Mamba2: z, x, B, C, dt"),
+        Column("rows", INT, "outputs that are meant"),
+        *_estimate("kl_nats_per_token", "KL(reference || model), mean over scored tokens"),
+        *_estimate("saved_nats_per_token", "protect: KL of all less this one, paired by window"),
+        Column("n_tokens", INT, "scored tokens"),
+        Column("n_windows", INT, "windows, which are resampled"),
+        Column("scope_digest", STR, "SHA-256 of what is in scope and what is not"),
+        Column("protocol", STR, "how it was measured, in full"),
     ),
 )
 LAW = Table(
@@ -349,13 +423,13 @@ EVOLUTION = Table(
         Column("evaluations", INT, "genomes tried up to here, at whatever stage"),
     ),
 )
-ARMS = ("component", "leaked")  # for one analysis each
+ASIDE = ("component", "leaked")  # arms for one analysis each
 FREE = ("position", "file")  # plans by rule and of the user's own: at no equal-byte budget
 
 
 def without_arms(plans: pd.DataFrame) -> pd.DataFrame:
     """PLANS that compete at equal bytes: without those that keep to no budget or have seen the report windows."""
-    return plans[~plans["strategy"].str.fullmatch("|".join(rf"{arm}(_\d+)?" for arm in (*ARMS, *FREE)))]
+    return plans[~plans["strategy"].str.fullmatch("|".join(rf"{arm}(_\d+)?" for arm in (*ASIDE, *FREE)))]
 
 
 TUNED = Table(
@@ -716,12 +790,172 @@ DRIFT = Table(
     ),
 )  # fmt: skip
 
-TABLES = {
-    table.name: table
-    for table in (
-        INVENTORY, TOKENS, ITEMS, READINGS, MOMENTS, SWEEP, SENSITIVITY, EMBEDDINGS, LAW, RESIDUALS, COSTS, PLAN, PLANS,
-        TUNED, TUNED_OPTIONS, EVOLUTION, CHECKPOINTS, EXPORTS, COST, EVALUATE, RESPONSES, SAMPLES, OUTCOMES, HUMANEVAL,
-        GATES, GOODHART, PHASE, CONTROLS, SUCCESS, BACKENDS, POSITION, CRITERIA,
-        PASSKEY, DRIFT,
-    )
-}  # fmt: skip
+PARALLEL = Table(
+    "parallel",
+    "Aligned sentences as a model reads them: each by itself, from a beginning-of-text token on.",
+    ("language", "sentence"),
+    (
+        Column("language", STR, "as its file is named, e.g. he"),
+        Column("sentence", INT, "the same sentence has one number in every language"),
+        Column("group", INT, "sentences of one group share a fact; whole groups are split and resampled"),
+        Column("split", STR, "select or report; they share no group"),
+        Column("tokens", INTS, "the beginning, then the sentence"),
+        Column("ntokens", INT, "tokens of the sentence, all of them scored"),
+        Column("nbytes", INT, "UTF-8 bytes of the sentence"),
+        Column("nchars", INT, "characters of the sentence"),
+        Column("unigram_nats", FLOAT, "nats under the byte frequencies of the language's select split"),
+    ),
+)
+SENTENCES = Table(
+    "sentences",
+    "Every aligned sentence in every language under every plan that was read: what fairness is computed from.",
+    ("plan", "language", "sentence"),
+    (
+        _MODEL,
+        Column("plan", STR, "reference, none, or the units that are protected, joined by +"),
+        Column("language", STR, "as its file is named, e.g. he"),
+        Column("sentence", INT, "the same sentence has one number in every language"),
+        Column("group", INT, "sentences of one group share a fact; whole groups are split and resampled"),
+        Column("split", STR, "select or report; they share no group"),
+        Column("nll_nats", FLOAT, "negative log-likelihood of the whole sentence, nats"),
+        Column("ntokens", INT, "tokens of the sentence, all of them scored"),
+        Column("nbytes", INT, "UTF-8 bytes of the sentence"),
+        Column("nchars", INT, "characters of the sentence"),
+        Column("unigram_nats", FLOAT, "nats under the byte frequencies of the language's select split"),
+    ),
+)
+SETS = Table(
+    "sets",
+    "Every set of protected units that was read, and its bytes.",
+    ("plan",),
+    (
+        _MODEL,
+        Column("plan", STR, "none, or the units that are protected, joined by +"),
+        Column("size", INT, "how many units"),
+        Column("low", STR, "precision of what is not protected, e.g. int4"),
+        Column("high", STR, "precision of what is, e.g. fp16"),
+        Column("nbytes", INT, "bytes of all tensors, scales included, a tied head once"),
+        Column("matrices_nbytes", INT, "of them those of the matrices that may be rounded, embeddings and head too"),
+        Column("weights", INT, "weights of these matrices"),
+    ),
+)
+ARMS = Table(
+    "arms",
+    "What is compared at one budget: the fair set, and what else could be protected.",
+    ("budget", "arm"),
+    (
+        _MODEL,
+        Column("budget", STR, "as it was asked for"),
+        Column("budget_nbytes", INT, "bytes of the whole checkpoint"),
+        Column("arm", STR, "none, fair, english, allocator, pattern, or random-<seed>"),
+        Column("plan", STR, "the set: a row of SETS"),
+        Column("confidence", FLOAT, "share of resamples of the select split in which this set wins", nullable=True),
+        Column("note", STR, "how it came about"),
+    ),
+)
+ANSWERS = Table(
+    "answers",
+    "Multiple-choice items by language: which of them every arm answers rightly.",
+    ("plan", "language", "item"),
+    (
+        Column("plan", STR, "reference, or a row of SETS"),
+        Column("language", STR, "language of the question"),
+        Column("item", STR, "task and number"),
+        Column("acc", FLOAT, "1 = right"),
+    ),
+)
+PROTECTED = Table(
+    "protected",
+    "Every unit that can be protected: what it costs, what it saves alone, and how often it is selected.",
+    ("budget", "unit"),
+    (
+        _MODEL,
+        Column("budget", STR, "as it was asked for"),
+        Column("unit", STR, "block, embedding or head, with GPT-2's short names"),
+        Column("nbytes", INT, "bytes that protecting it adds"),
+        Column("chosen", BOOL, "it is in the fair set"),
+        Column("frequency", FLOAT, "share of resamples of the select split whose best set holds it"),
+        *_INTERVAL,
+    ),
+)
+SYNERGY = Table(
+    "synergy",
+    "Pairs of units: what protecting both removes of worst_rel beyond the sum of each alone, on the select split.",
+    ("first", "second"),
+    (
+        _MODEL,
+        Column("first", STR, "unit"),
+        Column("second", STR, "unit"),
+        Column("worst_rel", FLOAT, "worst relative damage with both protected"),
+        *_INTERVAL,
+    ),
+)
+FAIRNESS = Table(
+    "fairness",
+    "What every arm does to every language, on the report split.",
+    ("budget", "arm", "split", "language", "metric"),
+    (
+        _MODEL,
+        Column("budget", STR, "as it was asked for"),
+        Column("arm", STR, "reference, or as in ARMS; random: the mean over its seeds"),
+        Column("plan", STR, "the set that is protected; empty for a mean"),
+        Column("nbytes", FLOAT, "bytes of the whole checkpoint; missing for the reference", nullable=True),
+        Column("split", STR, "report, or items"),
+        Column("language", STR, "language, or `all` that are ranked"),
+        Column("metric", STR, "damage_nats, damage_rel, delta_ppl ..: src/bitalloc/fairness.py has the formulas"),
+        *_INTERVAL,
+        Column("status", STR, "ok; floor: no better than byte unigrams, not ranked; or why there is no value"),
+    ),
+)
+RECORDS = Table(
+    "records",
+    "What was measured of a model at some precision, one row a number, with all that it depends on. Missing: absent or "
+    "not known, never 0. What differs between two equal runs stands in records.VARYING.",
+    ("run_id", "stage", "variant", "task", "batch", "prompt_length", "gen_len", "depth", "metric"),
+    (
+        Column("run_id", STR, "of the configuration, the model and the seed: records.run_id"),
+        Column("stage", STR, "perplexity, long_context or profile"),
+        _MODEL,
+        Column("revision", STR, "commit on the hub, or `local`", nullable=True),
+        Column("variant", STR, "the model as it is (reference), a plan in a backend, or a scheme"),
+        Column("task", STR, "<corpus>/<split>, or the task; missing for a profile", nullable=True),
+        Column("batch", INT, "sequences side by side", nullable=True),
+        Column("prompt_length", INT, "tokens of a prompt, or of a window", nullable=True),
+        Column("gen_len", INT, "tokens that are generated", nullable=True),
+        Column("stride", INT, "tokens scored at the end of a window", nullable=True),
+        Column("depth", FLOAT, "where in the prompt the passkey stands, 0 to 1", nullable=True),
+        Column("metric", STR, "what was measured, with its unit: records.METRICS"),
+        Column("value", FLOAT, "the point estimate; of a profile the median", nullable=True),
+        Column("lo", FLOAT, "lower end of its 95 % interval", nullable=True),
+        Column("hi", FLOAT, "upper end of its 95 % interval", nullable=True),
+        Column("q25", FLOAT, "lower quartile over the iterations", nullable=True),
+        Column("q75", FLOAT, "upper quartile over the iterations", nullable=True),
+        Column("n", INT, "iterations, windows or items behind the value", nullable=True),
+        Column("status", STR, "ok, or in one line why there is no value"),
+        Column("simulated", BOOL, "rounded, but computed in full: tells nothing of speed or memory"),
+        Column("w_bits", FLOAT, "bits of a weight's code, mean over the plan; 16 = as it is", nullable=True),
+        Column("a_bits", INT, "bits of an activation's code; 16 = as it is", nullable=True),
+        Column("group_size", INT, "weights that share one scale, where all groups are alike", nullable=True),
+        Column("per_channel", BOOL, "one scale an output", nullable=True),
+        Column("quant_backend", STR, "what computes with the codes", nullable=True),
+        Column("calib_method", STR, "how the codes were found", nullable=True),
+        Column("scope_digest", STR, "of the names of the matrices that are quantised", nullable=True),
+        Column("scan_path", STR, "how a state-space model scans; missing for others", nullable=True),
+        Column("template_hash", STR, "of the prompt's template", nullable=True),
+        Column("template_version", STR, "of the prompt's template", nullable=True),
+        Column("dtype", STR, "that the model computes in", nullable=True),
+        Column("device", STR, "cpu or cuda"),
+        Column("threads", INT, "of the CPU", nullable=True),
+        Column("isa", STR, "vector instructions that torch uses on the CPU", nullable=True),
+        Column("seed", INT, "of everything that is drawn"),
+        Column("git_commit", STR, "of bitalloc; + where files differ from it"),
+        Column("host", STR, "name of the machine"),
+        Column("gpu", STR, "name of the GPU", nullable=True),
+        Column("driver", STR, "version of its driver", nullable=True),
+        Column("cuda", STR, "version of CUDA that torch was built for", nullable=True),
+        Column("versions", STR, "of Python and of the libraries"),
+        Column("notes", STR, "anything else"),
+    ),
+)
+
+TABLES = {table.name: table for table in list(globals().values()) if isinstance(table, Table)}

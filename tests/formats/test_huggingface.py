@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import sysconfig
 import venv
 from pathlib import Path
@@ -18,6 +17,7 @@ from bitalloc.errors import BitallocError
 from bitalloc.export import export
 from bitalloc.formats import bitalloc, huggingface
 from bitalloc.option import Option
+from tests.formats.test_packed import refused
 from tests.random_models import VOCABULARY
 from tests.small import CPU, Small, small
 
@@ -61,7 +61,7 @@ def stranger(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place / "bin" / "python"
 
 
-def test_a_stranger_computes_the_same_logits(stranger: Path, tmp_path: Path) -> None:
+def test_a_stranger_computes_the_same_logits_and_is_refused_our_own_format(stranger: Path, tmp_path: Path) -> None:
     cases = {
         "llama": {},
         "qwen2": {"factor_bits": 16, "symmetric": True},
@@ -76,10 +76,13 @@ def test_a_stranger_computes_the_same_logits(stranger: Path, tmp_path: Path) -> 
             expected[targets[-1]] = bitalloc.load_model(source, device=CPU)(IDS).logits
     save_file({"ids": IDS}, tmp_path / "ids.safetensors")
     script = Path(__file__).with_name("stranger.py")
-    command = [stranger, "-I", script, tmp_path / "ids.safetensors", *targets]
+    unreadable = refused(tmp_path / "refused")
+    command = [stranger, "-I", script, tmp_path / "ids.safetensors", *targets, "--refused", *unreadable]
     done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "newly initialized" not in done.stderr
+    assert done.stdout.split() == ["RuntimeError"] * len(unreadable)
+    assert "Unknown quantization type, got bitalloc" in done.stderr
     for target, logits in expected.items():
         found = load_file(target.with_name(f"{target.name}.safetensors"))["logits"]
         assert float((found - logits).abs().max()) < 1e-5 * float(logits.abs().max())
@@ -164,12 +167,3 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
         export(tmp_path, tmp_path / "nothing", name="huggingface")
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"source", "store", "native", "taken", "out"}
-
-
-def test_the_command_exports_and_says_so(tmp_path: Path) -> None:
-    source = native("llama", tmp_path)
-    command = [sys.executable, "-m", "bitalloc.export", source, tmp_path / "out", "--to", "huggingface"]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    assert (done.returncode, done.stdout.count("bytes, as computed before")) == (0, 1)
-    again = subprocess.run(command, check=False, capture_output=True, text=True)
-    assert (again.returncode, again.stderr.count("\n")) == (1, 1)

@@ -25,7 +25,7 @@ def run(monkeypatch, work, name, *, columns, group_size, symmetric, rows=(48, 5,
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize(("columns", "group_size"), [(172, 64), (30, 64), (20, 1)])
+@pytest.mark.parametrize(("columns", "group_size"), [(100, 40), (30, 64), (5, 1)])  # a group takes it .3 s
 @pytest.mark.parametrize("name", ["gptq", "rtn"])
 def test_the_kernel_for_gpus_agrees_with_plain_torch(monkeypatch, fused, name, columns, group_size, symmetric):  # noqa: PLR0917
     settings = {"columns": columns, "group_size": group_size, "symmetric": symmetric}

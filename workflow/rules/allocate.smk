@@ -8,6 +8,7 @@ rule allocate:
         inventory="results/{model}/inventory.parquet",
         embeddings=embeddings,
         leaked=leaked("sensitivity.parquet"),
+        languages=languages,
         files=lambda wildcards: own_plans(wildcards.model),
         verdicts=["results/{model}/gates/sweep.json", "results/{model}/gates/fit.json"],
     output:
@@ -18,7 +19,7 @@ rule allocate:
     conda:
         "../../envs/bitalloc.yaml"
     params:
-        settings=section("allocate", "export", "sensitivity", "sweep", "seed"),
+        settings=section("allocate", "export", "sensitivity", "sweep", "fairness", "seed"),
         code=code("allocate"),
     script:
         "../../scripts/allocate.py"

@@ -14,13 +14,14 @@ from snakemake_interface_executor_plugins.settings import ExecMode
 
 from bitalloc import config as configuration
 from bitalloc import provenance
-from bitalloc.allocate import budget_slug, tuned_from
+from bitalloc.config import SPOKEN, budget_slug, tuned_from
 from bitalloc.errors import BitallocError, nearest
 from bitalloc.execute import REFERENCE, permit
 from bitalloc.families import family
 from bitalloc.gates import read_verdict
 from bitalloc.option import options
 from bitalloc.store import Store, write_atomically
+from bitalloc.strategies.position import RULES
 from bitalloc.sweep import units
 
 # the maths library takes fewer threads on a busy machine unless told not to, and then last digits differ
@@ -96,6 +97,7 @@ localrules:
     gate_pilot,
     gate_compress,
     gate_downstream,
+    gate_fairness,
     gates,
     stop_sign,
     sweep_assemble,
@@ -270,6 +272,27 @@ def leaked(name):
     return checked(inputs)
 
 
+def languages(wildcards):
+    """Input function: what every matrix costs each language, where a strategy asks for it."""
+    asked = set(settings(wildcards.model).allocate.strategies) & set(SPOKEN)
+    return f"results/{wildcards.model}/languages.parquet" if asked else []
+
+
+def fairness_allocation(wildcards):
+    """Parameter function: the sections of `allocate`, with the plans that are compared by language and no others."""
+    whole = section("allocate", "export", "sensitivity", "sweep", "fairness", "seed")(wildcards)
+    strategies = ["uniform", "optimal", *SPOKEN]
+    plans = {
+        "strategies": strategies,
+        "runners_up": 0,
+        "pool": whole["fairness"]["seeds"],
+        "arms": [],
+        "rules": [],
+        "plans": [],
+    }
+    return whole | {"allocate": whole["allocate"] | plans}
+
+
 @checked
 def exports(wildcards):
     """Tables of the checkpoints in the formats that the configuration names."""
@@ -295,6 +318,18 @@ def backends_parts(wildcards):
                 raise BitallocError(f"unknown {what} {name!r} in the section backends: {nearest(name, known)}")
     pattern = "results/{model}/backends/{plan}/{backend}.parquet"
     return expand(pattern, model=wildcards.model, plan=asked.plans or plans[:1], backend=asked.names)
+
+
+@checked
+def profiled(wildcards):
+    """Input function: checkpoints of the pipeline that are profiled; plans by rule are made on the spot."""
+    named = settings(wildcards.model).profile.variants
+    plans = dict.fromkeys(name.partition(":")[0] for name in named if name != REFERENCE)
+    known = [*compressed_plans(wildcards), *RULES]
+    for plan in plans:
+        if plan not in known:
+            raise BitallocError(f"unknown plan {plan!r} in profile.variants: {nearest(plan, [REFERENCE, *known])}")
+    return [f"results/{wildcards.model}/models/{plan}" for plan in plans if plan not in RULES]
 
 
 def protocols(wildcards):

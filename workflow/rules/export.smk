@@ -20,7 +20,7 @@ rule export:
     params:
         settings=section("retrieve", "allocate", "export"),
         base=base,
-        code=code("export", "report"),
+        code=code("export", "budget", "report"),
     script:
         "../../scripts/export.py"
 
@@ -44,7 +44,7 @@ rule export_file:
     params:
         settings=section("retrieve", "allocate", "export"),
         base=base,
-        code=code("export", "report"),
+        code=code("export", "budget", "report"),
     script:
         "../../scripts/export.py"
 

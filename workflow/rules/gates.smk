@@ -107,6 +107,23 @@ checkpoint gate_downstream:
         "../../scripts/gate.py"
 
 
+checkpoint gate_fairness:
+    input:
+        languages="results/{model}/languages.parquet",
+    output:
+        "results/{model}/gates/fairness.json",
+    log:
+        "logs/{model}/gate_fairness.log",
+    conda:
+        "../../envs/bitalloc.yaml"
+    params:
+        gate="fairness",
+        settings=section("gates"),
+        code=code("gates"),
+    script:
+        "../../scripts/gate.py"
+
+
 rule gates:
     input:
         expand(

@@ -3,10 +3,12 @@
 from bitalloc.figures.backends import backends
 from bitalloc.figures.domains import domains
 from bitalloc.figures.evolution import evolution
+from bitalloc.figures.fairness import fairness, fairness_plans
 from bitalloc.figures.goodhart import goodhart
 from bitalloc.figures.law import law
 from bitalloc.figures.phase import phase
 from bitalloc.figures.position import position
+from bitalloc.figures.profile import profile
 from bitalloc.figures.sensitivity import errors, plan, sensitivity
 from bitalloc.figures.style import stamp
 from bitalloc.figures.tune import tune
@@ -16,11 +18,14 @@ __all__ = [
     "domains",
     "errors",
     "evolution",
+    "fairness",
+    "fairness_plans",
     "goodhart",
     "law",
     "phase",
     "plan",
     "position",
+    "profile",
     "sensitivity",
     "stamp",
     "tune",
