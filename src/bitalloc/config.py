@@ -330,6 +330,33 @@ class Analyze(Section):
     )
 
 
+class Passkey(Section):
+    kind: Literal["ruler", "world"] = Field(
+        "ruler", description="ruler: one passage over and over; world: facts, for models trained on them"
+    )
+    lengths: list[Annotated[int, Field(ge=32)]] = Field(
+        [256, 512, 1024, 2048, 4096, 8192], min_length=1, description="tokens of a prompt"
+    )
+    depths: Positive = Field(10, description="places of the needle, evenly from the beginning to the end")
+    items: Positive = Field(5, description="items of a length and depth, the same for every scheme")
+    schemes: list[str] = Field(
+        ["bf16", "w8a8", "w4a8", "w4a4"], description="schemes of weights and activations, bitalloc/scheme.py"
+    )
+    batch: Positive = Field(16, description="prompts of the shortest length a forward pass, fewer of longer ones")
+
+
+class Drift(Section):
+    length: Annotated[int, Field(ge=16)] = Field(2048, description="tokens of a sequence")
+    first: Annotated[int, Field(ge=2)] = Field(8, description="tokens before the first look; then twice as many each")
+    sequences: Annotated[int, Field(ge=2)] = Field(16, description="at most, from the report windows")
+    schemes: list[str] = Field(
+        ["bf16", "w8a8", "w4a8", "w4a4"], description="schemes of weights and activations, bitalloc/scheme.py"
+    )
+    prompt: Positive = Field(64, description="tokens before a model runs freely")
+    new_tokens: Annotated[int, Field(ge=4)] = Field(128, description="that it then goes on by itself")
+    batch: Positive = Field(8, description="sequences a forward pass")
+
+
 class Schemes(Section):
     names: list[str] = Field(
         [
@@ -657,6 +684,8 @@ class Config(Section):
     evaluate: Evaluate = Field(default_factory=Evaluate)
     humaneval: HumanEval = Field(default_factory=HumanEval)
     analyze: Analyze = Field(default_factory=Analyze)
+    passkey: Passkey = Field(default_factory=Passkey)
+    drift: Drift = Field(default_factory=Drift)
     schemes: Schemes = Field(default_factory=Schemes)
     report: Report = Field(default_factory=Report)
     backends: Backends = Field(default_factory=Backends)
