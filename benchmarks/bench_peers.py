@@ -14,7 +14,10 @@ selects by. All are judged by one evaluation (comparison.py) on the windows of t
     seconds    CPU seconds of all processes from the model to its packed checkpoint, imports included; peak memory: of
                the largest of them. bitalloc: calibrate, sweep, sensitivity and fit, which serve all budgets, and what
                one budget takes after them, `further_seconds`
-    pairs      KL of ours over that of the strongest peer, at no more bytes than the peer's
+    pairs      r = KL of ours over that of the strongest peer, at no more bytes than the peer's and on the same windows;
+               95 %: paired bootstrap over windows
+    calibrations  exp(mean of log r +- t(.975; n - 1) s / sqrt(n)) over n seeds (s: deviation of log r). A seed draws
+               calibrate, select and report windows anew, so this interval holds the choice of windows too
 
 A job that is finished is not repeated (`--work`); a tool that fails says why, and the rest goes on.
 """
@@ -25,7 +28,7 @@ import argparse
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +44,7 @@ from safetensors.torch import save_file
 
 from bitalloc.errors import BitallocError
 from bitalloc.progress import Progress
-from bitalloc.provenance import run_record
+from bitalloc.provenance import commit, run_record
 from bitalloc.store import digest, write_atomically
 
 HERE = Path(__file__).resolve().parent
@@ -60,6 +63,8 @@ RIVALS = [tool for tool in PEERS if tool != MAP]
 OURS = [f"bitalloc {strategy}" for strategy in (*STRATEGIES, QUALITY)]
 SAME = 1.005  # a peer may have so many times the budget before ours is given as much
 NEAR = 0.1  # a peer that misses its budget by more is no rival at it
+OVER = "{tool} at {budget:g} bits: {ratio:.3f} [{lo:.3f}, {hi:.3f}] times the KL of {peer}, calibrations: {n}"
+PLACE = ["model", "budget", "tool"]
 PAIR = "{tool} at {bytes:,} bytes: KL {ratio:.3f} [{lo:.3f}, {hi:.3f}] times that of {peer} at {peer_bytes:,}"
 # columns of what was not made
 MADE = "bytes bpw seconds further_seconds wall_s peak_mem_mb missed_by setting version".split()
@@ -97,7 +102,7 @@ class Comparison:
         ids_NT = ids(tokens[tokens["split"].isin(["calibrate", "select"])])
         self.tokens = work / "windows.safetensors"
         save_file({"ids_NT": ids_NT}, self.tokens)
-        self.source = digest([str(self.subject.path), ids_NT.tolist(), self.seed])
+        self.source = digest([self.subject.content, ids_NT.tolist(), self.seed])
         device = self.subject.row["settings"].get("device", "auto")
         self.evaluation = Evaluation(self.subject.path, tokens, layers=list(self.layers), device=device)
         self.rows: list[dict[str, Any]] = []
@@ -110,7 +115,7 @@ class Comparison:
         return Job(tool, budget, folder)
 
     def allowed(self, budget: str) -> int:
-        return math.floor(float(budget.removesuffix("bpw")) * self.weights / 8 + 1e-6)
+        return math.floor(bits(budget) * self.weights / 8 + 1e-6)
 
     # ---- ours
     def shared(self) -> Took:
@@ -124,8 +129,16 @@ class Comparison:
             self._shared = Took(**found["took"])
         return self._shared
 
-    def ours(self, budgets: list[str], strategies: Sequence[str]) -> None:
-        """Rows of bitalloc at these budgets, which share one run where there are several."""
+    def asked(self, budget: str) -> str:
+        """The budget that ours is given: the strongest peer's bytes where those are just below it."""
+        peer, allowed = self.strongest(budget), self.allowed(budget)
+        return self.exactly(peer["bytes"]) if peer and allowed / SAME <= peer["bytes"] < allowed else budget
+
+    def exactly(self, size: int) -> str:
+        return f"{math.floor(8e6 * size / self.weights) / 1e6:.6f}bpw"
+
+    def ours(self, budgets: Mapping[str, str], strategies: Sequence[str]) -> None:
+        """Rows of bitalloc at these budgets (that of the row by that which is given), which share one run."""
         identity = digest([self.project.identity(), self.arguments.threads, (ROOT / "config/best.yaml").read_text()])
         jobs = {(s, b): self.job(f"bitalloc {s}", b) for s in strategies for b in budgets}
         if not all(job.known(identity) for job in jobs.values()):
@@ -133,11 +146,11 @@ class Comparison:
             swept = [strategy for strategy in strategies if strategy not in ("tuned", QUALITY)]
             for group in [swept, *([s] for s in ("tuned", QUALITY) if s in strategies)]:
                 try:
-                    took = self.project.run("checkpoints.parquet", budgets=budgets, plans=group)
+                    took = self.project.run("checkpoints.parquet", budgets=list(budgets), plans=group)
                 except FailedError as failed:
                     for strategy in group:
                         for budget in budgets:
-                            self.fail(f"bitalloc {strategy}", budget, str(failed))
+                            self.fail(f"bitalloc {strategy}", budgets[budget], str(failed))
                     continue
                 each = Took(took.cpu_s / len(budgets), took.wall_s / len(budgets), took.peak_mem_mb)
                 spent = each if first is None else first + each  # what is learned comes after what was swept
@@ -147,12 +160,12 @@ class Comparison:
                         job = jobs[strategy, budget]
                         told = self.project.export(strategy, budget, job.folder)
                         told |= {"took": (shared + spent)._asdict(), "further": spent._asdict()}
-                        job.finish({"identity": identity, "version": "this commit", **told})
+                        job.finish({"identity": identity, "version": commit(), **told})
         for (strategy, budget), job in jobs.items():
             if found := job.known(identity):
                 if strategy == "best" and "map" not in found:
                     found = job.finish({**found, "map": self._map(budget)})
-                self.add(f"bitalloc {strategy}", budget, job, found)
+                self.add(f"bitalloc {strategy}", budgets[budget], job, found)
 
     def _map(self, budget: str) -> dict[str, Any] | None:
         try:
@@ -175,11 +188,12 @@ class Comparison:
             "seed": self.seed,
         }
         if tool == MAP:
-            ours = json.loads((self.job("bitalloc best", budget).folder / "done.json").read_text())
+            ours = json.loads((self.job("bitalloc best", self.asked(budget)).folder / "done.json").read_text())
             if not ours.get("map"):
                 return self.fail(tool, budget, "bitalloc has no plan without rank at this budget")
             given["plan"], before = ours["map"], Took(**ours["took"])
-        identity = digest([self.source, {**given, "tokens": "", "out": ""}, (HERE / "peers" / worker).read_text()])
+        placeless = {**given, "model": "", "tokens": "", "out": ""}
+        identity = digest([self.source, placeless, (HERE / "peers" / worker).read_text()])
         found = job.known(identity)
         if found is None:
             for path in ("checkpoint", "said.json", "weights.safetensors"):
@@ -240,7 +254,7 @@ class Comparison:
         self.keep({**self.place(tool, budget), **dict.fromkeys(empty.split()), "corpora": {}, "why": why})
 
     def place(self, tool: str, budget: str) -> dict[str, Any]:
-        asked = float(budget.removesuffix("bpw")) if budget else None
+        asked = bits(budget) if budget else None
         return {"model": self.subject.name, "seed": self.seed, "tool": tool, "budget": asked}
 
     def keep(self, row: dict[str, Any]) -> None:
@@ -252,8 +266,9 @@ class Comparison:
         self.keep({**self.place("reference", ""), **dict.fromkeys([*MADE, "why"]), **summary(self.evaluation.scores())})
 
     # ---- pairs
-    def strongest(self, asked: float) -> dict[str, Any] | None:
+    def strongest(self, budget: str) -> dict[str, Any] | None:
         """The row of the peer of least KL among those that keep near the budget."""
+        asked = bits(budget)
         rivals = [
             row
             for row in self.rows
@@ -264,29 +279,36 @@ class Comparison:
 
     def pairs(self, budgets: list[str]) -> list[dict[str, Any]]:
         """Ours at no more bytes than the strongest peer of each budget: rows of theirs, and the ratios of KL."""
-        rivals = {budget: peer for budget in budgets if (peer := self.strongest(float(budget.removesuffix("bpw"))))}
+        rivals = {budget: peer for budget in budgets if (peer := self.strongest(budget))}
+        if not (rivals and self.arguments.ours):
+            return []
         least, most = self.project.reach()
         wanted = {}
         for budget, peer in rivals.items():
             ours = [row["bytes"] for row in self.rows if row["budget"] == peer["budget"] and row["tool"] in OURS]
             larger = max((size for size in ours if size), default=0) > peer["bytes"]
             if (larger or peer["bytes"] > SAME * self.allowed(budget)) and least <= peer["bytes"] <= most:
-                wanted[budget] = f"{math.floor(8e6 * peer['bytes'] / self.weights) / 1e6:.6f}bpw"
+                wanted[budget] = self.exactly(peer["bytes"])
         if wanted:
-            self.ours(sorted(set(wanted.values())), [s for s in self.arguments.ours if s != "uniform"])
+            again = {text: text for text in sorted(set(wanted.values()))}
+            self.ours(again, [s for s in self.arguments.ours if s != "uniform"])
         found = []
         for budget, peer in rivals.items():
             text = wanted.get(budget, budget)
             for row in self.rows:
                 if not (row["tool"].startswith("bitalloc") and (row["tool"], text) in self.scores):
                     continue
-                if row["budget"] != float(text.removesuffix("bpw")) or row["bytes"] > peer["bytes"]:
+                if row["budget"] != bits(text) or row["bytes"] > peer["bytes"]:
                     continue
                 value, lo, hi = ratio(self.scores[row["tool"], text], self.scores[peer["tool"], budget])
                 pair = {"model": self.subject.name, "seed": self.seed, "budget": peer["budget"]}
                 pair |= {"tool": row["tool"], "bytes": row["bytes"], "peer": peer["tool"], "peer_bytes": peer["bytes"]}
                 found.append({**pair, "ratio": value, "lo": lo, "hi": hi})
         return found
+
+
+def bits(budget: str) -> float:
+    return float(budget.removesuffix("bpw"))
 
 
 def ids(frame: pd.DataFrame) -> torch.Tensor:
@@ -319,23 +341,31 @@ def line(cells: list[Any]) -> None:
     print(" ".join(f"{cell!s:>{width}}" for cell, width in zip(cells, WIDTHS, strict=True)), flush=True)
 
 
-def save(path: Path, models: list[str], rows: list[dict], pairs: list[dict]) -> None:
-    """Put the rows of these models in the place of their old ones."""
-    old = json.loads(path.read_text()) if path.is_file() else {"rows": [], "pairs": []}
-    kept = {name: [row for row in old[name] if row["model"] not in models] for name in ("rows", "pairs")}
-    record = run_record("torch", "transformers", "snakemake")
-    found = {"record": record, "rows": kept["rows"] + rows, "pairs": kept["pairs"] + pairs}
+def save(path: Path, rows: list[dict], pairs: list[dict]) -> dict[str, Any]:
+    """Put these rows in the place of old ones of the same tool and calibration; returns all there is."""
+    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"rows": [], "pairs": []}
+    for name, new in (("rows", rows), ("pairs", pairs)):
+        done = {(row["model"], row["seed"], row["tool"]) for row in new}
+        found[name] = [row for row in found[name] if (row["model"], row["seed"], row["tool"]) not in done] + new
+    found["record"] = run_record("torch", "transformers", "snakemake")
+    found["calibrations"] = []
+    frame = pd.DataFrame(found["pairs"], columns=[*PLACE, "peer", "ratio"])
+    for (model, budget, tool), part in frame.groupby(PLACE, sort=False):
+        if len(part) < 2:
+            continue
+        value, lo, hi = over_seeds(part["ratio"].tolist())
+        place = {"model": model, "budget": budget, "tool": tool, "peer": ", ".join(sorted(set(part["peer"])))}
+        found["calibrations"].append({**place, "n": len(part), "ratio": value, "lo": lo, "hi": hi})
     write_atomically(path, (json.dumps(found, indent=1) + "\n").encode())
+    return found
 
 
 def compare(subject: Subject, arguments: argparse.Namespace) -> None:
     """All rows of one model, saved as they come."""
     budgets = [f"{float(budget):g}bpw" for budget in arguments.budgets]
-    rows: list[dict] = []
-    pairs: list[dict] = []
     tools = list(arguments.tools)
     for seed in range(arguments.seeds):
-        work = arguments.work / f"{subject.name}-{digest(str(subject.path))[:8]}-s{seed}"
+        work = arguments.work / f"{subject.name}-{subject.content[:8]}-s{seed}"
         print(f"\n{subject.name}, calibration {seed}", flush=True)
         line(COLUMNS)
         given = {"seed": seed, "threads": arguments.threads, "limit_s": arguments.limit * 60}
@@ -344,28 +374,31 @@ def compare(subject: Subject, arguments: argparse.Namespace) -> None:
         comparison = Comparison(project, work, arguments)
         comparison.reference()
         progress = Progress("peers", (1 + len(tools)) * len(budgets), unit="jobs", every_s=0)
-        for budget in budgets:
-            comparison.ours([budget], arguments.ours)
-            progress.advance(note=f"bitalloc {budget}")
-        for tool in tools:
-            for budget in budgets:
-                comparison.peer(tool, budget)
-                progress.advance(note=f"{tool} {budget}")
-                save(arguments.results, [subject.name], rows + comparison.rows, pairs)
-        found = comparison.pairs(budgets)
-        for pair in found:
+        # ours after the peers, the strongest of which says what bytes ours may take; before what rounds our map
+        for tool in [*(tool for tool in tools if tool != MAP), "bitalloc", *(tool for tool in tools if tool == MAP)]:
+            if tool == "bitalloc":
+                asked = {comparison.asked(budget): budget for budget in budgets}
+                # a run for each budget says what one costs; further calibrations share a run
+                for part in [asked] if seed else [{text: budget} for text, budget in asked.items()]:
+                    comparison.ours(part, arguments.ours)
+            else:
+                for budget in budgets:
+                    comparison.peer(tool, budget)
+            progress.advance(len(budgets), note=tool)
+            save(arguments.results, comparison.rows, [])
+        pairs = comparison.pairs(budgets)
+        for pair in pairs:
             print(PAIR.format(**pair), flush=True)
-        rows, pairs = rows + comparison.rows, pairs + found
-        save(arguments.results, [subject.name], rows, pairs)
+        record = save(arguments.results, comparison.rows, pairs)
         if seed == 0:
-            draw(rows, subject.name, arguments.results.with_name(f"peers-{subject.name}.png"))
             # further calibrations are for the rivals alone
-            rivals = {pair["peer"] for pair in found}
+            rivals = {peer["tool"] for budget in budgets if (peer := comparison.strongest(budget))}
             tools = [tool for tool in tools if tool in rivals]
-    if arguments.seeds > 1:
-        for (budget, tool), part in pd.DataFrame(pairs).groupby(["budget", "tool"]):
-            value, lo, hi = over_seeds(part["ratio"].tolist())
-            print(f"{tool} at {budget:g} bits: KL {value:.3f} [{lo:.3f}, {hi:.3f}] over {len(part)} calibrations")
+    for row in record["calibrations"]:
+        if row["model"] == subject.name:
+            print(OVER.format(**row), flush=True)
+    rows = [row for row in record["rows"] if row["model"] == subject.name]
+    draw(rows, subject.name, arguments.results.with_name(f"peers-{subject.name}.png"))
 
 
 def main() -> None:
@@ -375,7 +408,7 @@ def main() -> None:
     parser.add_argument("--budgets", nargs="+", default=["2.5", "2.75", "3.25", "4.25"], help="bits a weight")
     parser.add_argument("--tools", nargs="*", choices=list(PEERS), default=list(PEERS), help="the peers that run")
     parser.add_argument(
-        "--ours", nargs="+", choices=[*STRATEGIES, QUALITY], default=STRATEGIES,
+        "--ours", nargs="*", choices=[*STRATEGIES, QUALITY], default=STRATEGIES,
         help="quality: tuned with config/best.yaml, which takes several times as long",
     )  # fmt: skip
     parser.add_argument("--seeds", type=int, default=1, help="calibrations; from the second on of ours and the rivals")

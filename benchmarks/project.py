@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ import yaml
 from running import FailedError, Took, threaded, timed
 from safetensors.torch import save_file
 
-from bitalloc.budget import budget_slug
+from bitalloc.config import budget_slug
 from bitalloc.families import FAMILIES
 from bitalloc.formats.bitalloc import Reader
 from bitalloc.models import context_length, read_config
@@ -24,7 +27,8 @@ from bitalloc.tables import COSTS, INVENTORY, PLAN, TOKENS
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("Snakefile", "workflow", "scripts", "config", "profiles", "envs")
 MODEL = "bench"  # its name in the sheet of the copy
-# the lean run of somebody who wants a checkpoint: no random pool, no arms, no other texts; a NO-GO is noted
+# the lean run of somebody who wants a checkpoint: no random pool, no arms, no other texts; a NO-GO is noted. Codes are
+# learned by the defaults: the sheet of `tiny` has the few steps of the demo
 LEAN: dict[str, dict[str, Any]] = {
     "retrieve": {"items": {}},
     "sensitivity": {"signals": ["kl"]},
@@ -49,6 +53,14 @@ class Subject:
     path: Path
     row: dict[str, Any]
     corpora: dict[str, Any]
+
+    @cached_property
+    def content(self) -> str:
+        """Digest of the files of the model, wherever it lies."""
+        whole = hashlib.sha256()
+        for file in sorted(file for file in self.path.iterdir() if file.suffix in (".json", ".safetensors")):
+            whole.update(file.name.encode() + b"\0" + file.read_bytes())
+        return whole.hexdigest()
 
 
 def subject(model: str, text: Path | None = None) -> Subject:
@@ -101,8 +113,18 @@ def _settings(path: Path, text: Path | None) -> dict[str, Any]:
 class Project:
     """A copy of the workflow in `folder` with one model in its sheet."""
 
-    def __init__(self, folder: Path, subject: Subject, *, seed: int, threads: int, limit_s: float) -> None:
-        self.folder, self.subject, self.seed, self.limit_s = folder, subject, seed, limit_s
+    def __init__(
+        self,
+        folder: Path,
+        subject: Subject,
+        *,
+        seed: int,
+        threads: int,
+        limit_s: float,
+        over: Mapping[str, dict[str, Any]] | None = None,
+    ) -> None:
+        """`over`: sections whose settings depart from those of the model."""
+        self.folder, self.subject, self.seed, self.limit_s, self.over = folder, subject, seed, limit_s, over or {}
         self.threads, self.results = threads, folder / "results" / MODEL
         self.calls = 0
         for part in PARTS:
@@ -115,7 +137,8 @@ class Project:
         """Make these files of `results/bench/`, by snakemake and with one set of budgets and plans, see STRATEGIES."""
         settings = {name: dict(values) if isinstance(values, dict) else values
                     for name, values in self.subject.row["settings"].items()}  # fmt: skip
-        for name, values in LEAN.items():
+        settings.pop("tune", None)
+        for name, values in [*LEAN.items(), *self.over.items()]:
             settings[name] = {**settings.get(name, {}), **values}
         settings["threads"] = self.threads
         if budgets:
@@ -144,7 +167,8 @@ class Project:
     def identity(self) -> dict[str, Any]:
         """What everything that this project makes depends on, beside budgets."""
         code = source_digest("bitalloc.compress", "bitalloc.allocate", "bitalloc.calibrate", "bitalloc.evaluate")
-        return {"row": self.subject.row, "corpora": self.subject.corpora, "seed": self.seed, "code": code}
+        row = {**self.subject.row, "path": self.subject.content}
+        return {"row": row, "corpora": self.subject.corpora, "seed": self.seed, "code": code}
 
     def tokens(self) -> pd.DataFrame:
         return TOKENS.read(self.results / "tokens.parquet")

@@ -4,6 +4,7 @@ import argparse
 import doctest
 import importlib
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -66,7 +67,7 @@ def comparison(bench, made, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "RIVALS", ["nearest"])
     claimed = made.inventory[made.inventory["claimed"]]
     layers = {row.layer: [row.rows, row.columns] for row in claimed.itertuples()}
-    subject = SimpleNamespace(name="small", path=made.path, row={"settings": {"device": "cpu"}})
+    subject = bench.Subject("small", made.path, {"settings": {"device": "cpu"}}, {})
     project = SimpleNamespace(subject=subject, seed=0, tokens=tokens, layers=lambda: layers, reach=lambda: (0, 10**9))
     given = {"threads": 1, "limit": 5.0, "pythons": {"nearest": Path(sys.executable)}, "environments": tmp_path}
     return bench.Comparison(project, tmp_path, argparse.Namespace(**given))
@@ -124,7 +125,7 @@ def test_peer_that_fails_says_why(comparison, capsys):
     (failed,) = comparison.rows
     assert failed["why"] == "ValueError: 4 bits are the least" and failed["kl"] is None and failed["bytes"] is None
     assert capsys.readouterr().out == "nearest at 3: ValueError: 4 bits are the least\n"
-    assert comparison.strongest(3.0) is None
+    assert comparison.strongest("3bpw") is None
 
 
 def test_figure_shows_what_there_is(bench, tmp_path):
@@ -146,7 +147,39 @@ def test_only_rivals_near_the_budget_count(bench, comparison):
     place = {"tool": "nearest", "budget": 2.5}
     far, near, worse = ({**place, "kl": kl, "missed_by": by} for kl, by in ((0.1, 3.9), (0.3, 0.04), (0.4, -0.1)))
     comparison.rows = [far, worse, near, {**place, "tool": bench.MAP, "kl": 0.01, "missed_by": 0.0}]
-    assert comparison.strongest(2.5) is near
+    assert comparison.strongest("2.5bpw") is near
+
+
+def test_ours_gets_the_bytes_of_a_peer_just_below_the_budget(comparison):
+    allowed = comparison.allowed("4bpw")
+    row = {"tool": "nearest", "budget": 4.0, "kl": 0.1, "missed_by": 0.0}
+    asked = {}
+    for size in (allowed - 8, allowed, allowed // 2):
+        comparison.rows = [{**row, "bytes": size}]
+        asked[size] = comparison.asked("4bpw")
+    assert asked[allowed] == asked[allowed // 2] == "4bpw"  # far below is another budget: `pairs` asks for it too
+    assert allowed - 9 <= comparison.allowed(asked[allowed - 8]) <= allowed - 8
+
+
+def test_calibrations_go_into_one_interval(bench, tmp_path):
+    place = {"model": "small", "budget": 2.5, "tool": "bitalloc best", "peer": "nearest"}
+    file = tmp_path / "peers.json"
+    for seed, ratio in enumerate((0.4, 0.6)):
+        bench.save(
+            file, [{"model": "small", "seed": seed, "tool": "nearest"}], [{**place, "seed": seed, "ratio": ratio}]
+        )
+    found = bench.save(file, [{"model": "small", "seed": 0, "tool": "nearest", "kl": 1.0}], [])
+    assert [row.get("kl") for row in found["rows"]] == [None, 1.0] and len(found["pairs"]) == 2
+    (over,) = found["calibrations"]
+    assert over["ratio"] == pytest.approx(0.24**0.5) and over["n"] == 2 and over["lo"] < 0.4 and over["hi"] > 0.6
+
+
+def test_model_is_known_by_its_files(bench, made, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(made.path, copy)
+    one, same = (bench.Subject(path.name, path, {}, {}).content for path in (made.path, copy))
+    (copy / "config.json").write_text("{}")
+    assert one == same != bench.Subject("copy", copy, {}, {}).content
 
 
 def test_our_checkpoint_is_read_as_it_is_stored(bench, made, tmp_path):

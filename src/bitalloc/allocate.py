@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from bitalloc import precision
 from bitalloc.budget import Budget, parse_budget
-from bitalloc.config import Allocate, Config, budget_slug, tuned_from
+from bitalloc.config import SPOKEN, Allocate, Config, budget_slug, tuned_from
 from bitalloc.errors import BitallocError
 from bitalloc.families import FUSED
 from bitalloc.formats.carried import carries
@@ -133,7 +133,7 @@ def allocate(  # noqa: PLR0917 - tables and settings
     if twice := [b.text for b in budgets if [c.slug for c in budgets].count(b.slug) > 1]:
         raise BitallocError(f"allocate.budgets names {twice[0]!r} twice; remove one")
     for name in settings.strategies:
-        if name not in Spoken.STRATEGIES:
+        if name not in SPOKEN:
             strategy(name)
     rows, frames = [], {}
     for budget in budgets:
@@ -266,7 +266,7 @@ def _choices(
             found[name] = solution.choice_N, ""
         elif name == "uniform":
             found[name] = _uniform(instance, budget)
-        elif name in Spoken.STRATEGIES:
+        elif name in SPOKEN:
             if spoken is None:
                 raise BitallocError(f"the strategy {name} needs LANGUAGES, what every matrix costs each language")
             found[name] = spoken.choose(name, instance, budget.nbytes, ignoring=solution.choice_N)
@@ -303,7 +303,7 @@ def _spoken(
     """
     if config.sweep.embedding_bits != [16]:
         raise BitallocError(
-            f"{' and '.join(Spoken.STRATEGIES)} cannot choose an embedding: what it costs each language is not "
+            f"{' and '.join(SPOKEN)} cannot choose an embedding: what it costs each language is not "
             "measured; set sweep.embedding_bits to [16]"
         )
     found = {

@@ -24,8 +24,8 @@ Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Bits = Literal[2, 3, 4, 8, 16]
 Rule = Literal["all_high", "all_low", "early", "early_0", "middle", "late", "last", "champion"]
-SPOKEN = "fair", "english"  # strategies that ask what every option costs each language
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int4", "int3", "int2"]
+SPOKEN = ("fair", "english")  # strategies that ask what a plan costs each language
 
 
 class Section(BaseModel):
@@ -231,7 +231,7 @@ class Tune(Section):
     )
     windows: Positive = Field(128, description="calibrate windows that are learned on, drawn by seed; all if fewer")
     holdout: Share = Field(0.125, description="share of them that only judges the iterates")
-    batch: Positive = Field(8, description="windows a step")
+    batch: Positive = Field(4, description="windows a step")
     polish: Annotated[int, Field(ge=0)] = Field(
         200,
         description="steps through the whole model, against the KL of its predictions; 0: none. In memory: the model "
@@ -242,7 +242,7 @@ class Tune(Section):
     )
     polish_optimizer: Literal["sign", "adam"] = Field("adam", description="signed gradient descent, or Adam")
     polish_rate: Annotated[float, Field(gt=0)] | None = Field(
-        0.001, description="of the first of them; null: 1 / polish"
+        0.0003, description="of the first of them; null: 1 / polish"
     )
     sample: Positive = Field(32, description="blocks at one option that are learned for tune.png, drawn by seed")
 
@@ -330,6 +330,33 @@ class Analyze(Section):
     )
 
 
+class Schemes(Section):
+    names: list[str] = Field(
+        [
+            "bf16", "fp16", "w8a8", "w8a8@torchao", "w8a8+static", "w8a8+online",
+            "w4a16", "w4a16+rtn", "w4a16+gptq", "w4a16+gptq+dp",
+            "w4a8", "w4a8+g32", "w4a8+asym", "w4a8+asym@torchao", "w4a8+static", "w4a8+online", "w4a8+dp",
+            "w4a8+gptq", "w4a8+gptq+online", "w4a8+gptq+online+dp",
+            "w4a4", "w4a4@compressed-tensors", "w4a4+rtn", "w4a4+gptq", "w4a4+g32", "w4a4+static", "w4a4+static+p99",
+            "w4a4+static+p100", "w4a4+asym", "w4a4+clip", "w4a4+online", "w4a4+folded", "w4a4+dp",
+            "w4a4+gptq+online", "w4a4+gptq+online+folded", "w4a4+gptq+online+folded+dp",
+            "w4a4+gptq+online+folded+dp+clip", "w4a4+gptq+online+folded+dp+asym",
+            "w4a4+online+folded+dp", "w4a4+online+folded+dp+gptq", "w4a4+gptq+folded+dp", "w4a4+gptq+folded+dp+online",
+            "w4a4+gptq+online+dp", "w4a4+gptq+online+dp+folded",
+        ],
+        description="schemes of weights and activations that are scored, as bitalloc/scheme.py names them; each is "
+        "held against the one without what its name says last",
+    )  # fmt: skip
+    layerwise: list[str] = Field(["w4a4"], description="schemes whose modules are quantised, and spared, one by one")
+    group_size: Positive | None = Field(
+        None, description="weights along the input that share one scale; null: all of a row; +g32 in a name goes before"
+    )
+    percentile: Annotated[float, Field(gt=0, le=100)] = Field(
+        99.9, description="of |x|, percent: what `static` does not clip"
+    )
+    windows: Positive = Field(64, description="calibrate windows that are read, evenly over all")
+
+
 class Report(Section):
     authors: list[str] = Field([], description="author line of the paper; none: bitalloc")
 
@@ -345,6 +372,53 @@ class Backends(Section):
         ],
         description="members of the family of backends",
     )  # fmt: skip
+
+
+class Price(Section):
+    """What an hour of a machine costs, where that was read and when."""
+
+    usd_per_hour: Annotated[float, Field(gt=0)] | None = Field(None, description="null: unknown, and no cost is told")
+    source: str = Field("", description="where the price was read")
+    date: str = Field("", description="when, YYYY-MM-DD")
+
+    @model_validator(mode="after")
+    def _dated(self) -> Price:
+        if self.usd_per_hour is not None and not (self.source and re.fullmatch(r"\d{4}-\d\d-\d\d", self.date)):
+            raise ValueError("a price needs its `source` and its `date`, 2026-01-31 in quotes")
+        return self
+
+
+class Profile(Section):
+    variants: list[str] = Field(
+        ["reference", "all_low:torchao_int8", "champion:native"],
+        min_length=1,
+        description="what is held against the first of them: reference, <rule or plan>:<backend>",
+    )
+    lengths: list[Positive] = Field([128, 512, 2048], min_length=1, description="tokens of a prompt")
+    batches: list[Positive] = Field([1, 4], min_length=1, description="sequences side by side")
+    new_tokens: Annotated[int, Field(ge=2)] = Field(32, description="tokens that each writes; none ends early")
+    warmup: Positive = Field(2, description="generations before the clock counts, for every variant, length and batch")
+    iterations: Positive = Field(10, description="generations that are timed, at least")
+    seconds: Annotated[float, Field(ge=0)] = Field(10.0, description="seconds of them, at least, of every variant")
+    compile: bool = Field(False, description="torch.compile; what it takes is told apart")
+    utilisation: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="share of a paid hour in which the device is at work, for the cost; 1: the least it can be"
+    )
+    prices: dict[str, Price] = Field({}, description="machine -> {usd_per_hour, source, date}")
+    priced_as: str | None = Field(
+        None, description="the machine of prices that the tokens are costed on; null: no cost is told"
+    )
+    resamples: Positive = Field(2000, description="bootstrap resamples of an interval")
+
+    @model_validator(mode="after")
+    def _priced(self) -> Profile:
+        if self.priced_as is None:
+            return self
+        if self.priced_as not in self.prices:
+            raise ValueError(f"no price of {self.priced_as!r}: {nearest(self.priced_as, self.prices)}")
+        if self.prices[self.priced_as].usd_per_hour is None:
+            raise ValueError(f"the price of {self.priced_as!r} is null; give usd_per_hour, its source and date")
+        return self
 
 
 class Check(Section):
@@ -520,8 +594,10 @@ class Config(Section):
     evaluate: Evaluate = Field(default_factory=Evaluate)
     humaneval: HumanEval = Field(default_factory=HumanEval)
     analyze: Analyze = Field(default_factory=Analyze)
+    schemes: Schemes = Field(default_factory=Schemes)
     report: Report = Field(default_factory=Report)
     backends: Backends = Field(default_factory=Backends)
+    profile: Profile = Field(default_factory=Profile)
     fairness: Fairness = Field(default_factory=Fairness)
     gates: Gates = Field(default_factory=Gates)
     skip: dict[str, str] = Field(
@@ -593,7 +669,8 @@ def _keys(path: list[str], root: Any = None) -> list[str]:
     section: Any = root or Config
     for part in path:
         field = getattr(section, "model_fields", {}).get(part)
-        section = {"models": Model, "corpora": Corpus, "tasks": Task}.get(part, field.annotation if field else section)
+        named = {"models": Model, "corpora": Corpus, "tasks": Task, "prices": Price}
+        section = named.get(part, field.annotation if field else section)
     return list(section.model_fields)
 
 

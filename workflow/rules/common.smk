@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 from uuid import uuid4
 
 from snakemake.exceptions import WorkflowError
@@ -317,6 +318,18 @@ def backends_parts(wildcards):
                 raise BitallocError(f"unknown {what} {name!r} in the section backends: {nearest(name, known)}")
     pattern = "results/{model}/backends/{plan}/{backend}.parquet"
     return expand(pattern, model=wildcards.model, plan=asked.plans or plans[:1], backend=asked.names)
+
+
+@checked
+def profiled(wildcards):
+    """Input function: checkpoints of the pipeline that are profiled; plans by rule are made on the spot."""
+    named = settings(wildcards.model).profile.variants
+    plans = dict.fromkeys(name.partition(":")[0] for name in named if name != REFERENCE)
+    known = [*compressed_plans(wildcards), *get_args(configuration.Rule)]
+    for plan in plans:
+        if plan not in known:
+            raise BitallocError(f"unknown plan {plan!r} in profile.variants: {nearest(plan, [REFERENCE, *known])}")
+    return [f"results/{wildcards.model}/models/{plan}" for plan in plans if plan not in get_args(configuration.Rule)]
 
 
 def protocols(wildcards):

@@ -8,6 +8,7 @@ from bitalloc.figures.goodhart import goodhart
 from bitalloc.figures.law import law
 from bitalloc.figures.phase import phase
 from bitalloc.figures.position import position
+from bitalloc.figures.profile import profile
 from bitalloc.figures.sensitivity import errors, plan, sensitivity
 from bitalloc.figures.style import stamp
 from bitalloc.figures.tune import tune
@@ -24,6 +25,7 @@ __all__ = [
     "phase",
     "plan",
     "position",
+    "profile",
     "sensitivity",
     "stamp",
     "tune",

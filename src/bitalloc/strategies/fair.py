@@ -25,7 +25,6 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from bitalloc.config import SPOKEN
 from bitalloc.errors import BitallocError
 from bitalloc.strategies.instance import Choice, Instance
 from bitalloc.strategies.optimal import Solution, solve
@@ -79,8 +78,6 @@ class Spoken:
 
     `margin`: what English may lose more than under the plan that ignores languages, in the same unit.
     """
-
-    STRATEGIES = SPOKEN
 
     damage: Mapping[str, NDArray[np.float64]]
     margin: float

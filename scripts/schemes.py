@@ -1,0 +1,22 @@
+"""Every scheme of weights and activations on the report windows -> schemes.parquet [tables.SCHEMES]."""
+
+from pathlib import Path
+
+from bitalloc.config import Config
+from bitalloc.ladder import ladder, open_bench
+from bitalloc.script import stage
+from bitalloc.tables import SCHEMES
+
+
+def main(*, inputs: dict[str, Path], settings: Config, remote_code: bool, path_to_schemes: Path) -> None:
+    SCHEMES.write(ladder(open_bench(inputs, "report", settings, remote_code=remote_code)), path_to_schemes)
+
+
+if __name__ == "__main__":
+    with stage(snakemake):
+        main(
+            inputs={name: Path(path) for name, path in snakemake.input.items()},
+            settings=Config(**snakemake.params.settings),
+            remote_code=snakemake.params.sheet["remote_code"],
+            path_to_schemes=Path(snakemake.output[0]),
+        )

@@ -1,0 +1,23 @@
+"""Each module of a scheme alone, and spared, on the select windows -> layerwise.parquet [tables.LAYERWISE]."""
+
+from pathlib import Path
+
+from bitalloc.config import Config
+from bitalloc.ladder import open_bench
+from bitalloc.layerwise import layerwise
+from bitalloc.script import stage
+from bitalloc.tables import LAYERWISE
+
+
+def main(*, inputs: dict[str, Path], settings: Config, remote_code: bool, path_to_layerwise: Path) -> None:
+    LAYERWISE.write(layerwise(open_bench(inputs, "select", settings, remote_code=remote_code)), path_to_layerwise)
+
+
+if __name__ == "__main__":
+    with stage(snakemake):
+        main(
+            inputs={name: Path(path) for name, path in snakemake.input.items()},
+            settings=Config(**snakemake.params.settings),
+            remote_code=snakemake.params.sheet["remote_code"],
+            path_to_layerwise=Path(snakemake.output[0]),
+        )

@@ -1,0 +1,177 @@
+"""Variants: one model at some precision, named in a word, to be loaded in any process.
+
+`reference` is the model as it is. `<plan>:<backend>` is a plan in a member of `backends`: a rule by position (all_low,
+champion, ...: INT8 by absmax, which needs no calibration), or a checkpoint of the pipeline, `best-2.6bpw:native`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pandas as pd
+import torch
+
+from bitalloc import models, precision
+from bitalloc.backends import BACKENDS, Subject, memory
+from bitalloc.compress import compress
+from bitalloc.config import Sweep
+from bitalloc.errors import BitallocError, nearest
+from bitalloc.experiments import Experiments
+from bitalloc.formats.bitalloc import Reader
+from bitalloc.models import Checkpoint, read_config
+from bitalloc.option import PASS_THROUGH
+from bitalloc.store import Store, digest
+from bitalloc.strategies.position import RULES, position
+from bitalloc.tables import MOMENTS
+
+REFERENCE = "reference"
+LIBRARIES = {
+    "native": ["bitalloc.formats.packed"],
+    "huggingface": ["compressed_tensors", "peft"],
+    "torchao": ["torchao.quantization"],
+    "torchao_int8": ["torchao.quantization"],
+    "bitsandbytes": ["bitsandbytes"],
+    "bitsandbytes_int8": ["bitsandbytes"],
+}
+
+
+def parts(variant: str) -> tuple[str, str]:
+    """(plan, backend) of a name; raises `BitallocError` for what names no variant.
+
+    >>> parts("reference"), parts("champion"), parts("all_low:torchao_int8")
+    (('', 'reference'), ('champion', 'native'), ('all_low', 'torchao_int8'))
+    """
+    if variant == REFERENCE:
+        return "", REFERENCE
+    plan, _, backend = variant.partition(":")
+    backend = backend or "native"
+    if backend not in BACKENDS:
+        raise BitallocError(f"variant {variant!r}: unknown backend {backend!r}: {nearest(backend, BACKENDS)}")
+    return plan, backend
+
+
+@dataclass(frozen=True)
+class Variant:
+    """All that a fresh process needs to have the model: plain values."""
+
+    name: str
+    source: Path
+    device: str
+    threads: int
+    remote_code: bool = False
+    backend: str = REFERENCE
+    folder: Path | None = None  # native checkpoint of the plan
+    scratch: Path | None = None
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model, ready to evaluate, and what RECORDS has of its precision."""
+
+    model: Any
+    facts: Mapping[str, Any]
+
+
+@contextmanager
+def variants(
+    names: Sequence[str],
+    *,
+    checkpoint: Checkpoint,
+    inventory: pd.DataFrame,
+    device: str,
+    threads: int,
+    scratch: Path,
+    plans: Mapping[str, Path] | None = None,
+    remote_code: bool = False,
+) -> Iterator[list[Variant]]:
+    """Variants of a model, in that order; `plans` are checkpoints that are there, those of rules lie in `scratch`."""
+    with TemporaryDirectory(dir=scratch, prefix=".variants.") as folder:
+        made, there = [], dict(plans or {})
+        for name in names:
+            plan, backend = parts(name)
+            if plan and plan not in there:
+                there[plan] = _rule(plan, checkpoint, inventory, Path(folder))
+            where = Path(folder) / f"scratch-{len(made)}"
+            where.mkdir()
+            shared = (checkpoint.path, device, threads, remote_code)
+            made.append(Variant(name, *shared, backend, there.get(plan), where))
+        yield made
+
+
+def _rule(plan: str, checkpoint: Checkpoint, inventory: pd.DataFrame, folder: Path) -> Path:
+    """Native checkpoint of a rule by position."""
+    if plan not in RULES:
+        raise BitallocError(f"unknown plan {plan!r} of a variant: {nearest(plan, RULES)}")
+    known = precision.components(inventory)
+    mapping = precision.parse(position(plan, 1 + int(inventory["block"].max())), known)
+    experiments = Experiments(
+        checkpoint=checkpoint,
+        inventory=inventory,
+        moments=pd.DataFrame(columns=[column.name for column in MOMENTS.columns]),  # these plans need none
+        store=Store(folder / "store"),
+        sweep=Sweep(),
+        device=torch.device("cpu"),
+    )
+    (folder / "models").mkdir(exist_ok=True)
+    plans = {plan: precision.plan(inventory, mapping)}
+    compress(plans, results=folder, experiments=experiments, inventory=inventory)
+    return folder / "models" / plan
+
+
+def libraries(made: Sequence[Variant]) -> list[str]:
+    """Modules that loading the variants imports, and that a process should not count as its own work."""
+    kinds = {str(read_config(variant.source).get("model_type")) for variant in made if not variant.remote_code}
+    found = [f"transformers.models.{kind}.modeling_{kind}" for kind in sorted(kinds)]
+    return found + [module for variant in made for module in LIBRARIES.get(variant.backend, ())]
+
+
+def prepare(*modules: str) -> None:
+    """Import them; what is missing is told when it is needed."""
+    for module in ("transformers.models.auto.modeling_auto", *modules):
+        with suppress(ImportError):
+            importlib.import_module(module)
+
+
+def load(variant: Variant) -> Loaded:
+    """The model; raises `BitallocError` where this machine or the backend cannot carry it."""
+    torch.set_num_threads(variant.threads)
+    device = torch.device(variant.device)
+    facts: dict[str, Any] = {"simulated": False, "w_bits": 16.0, "a_bits": 16, "quant_backend": variant.backend}
+    if variant.folder is None:
+        model = models.load_model(variant.source, device=device, remote_code=variant.remote_code)
+        facts["quant_backend"] = None
+    else:
+        assert variant.scratch is not None
+        reader = Reader(variant.folder)
+        subject = Subject(reader, variant.source, variant.scratch, device, variant.remote_code)
+        runnable = BACKENDS[variant.backend](subject)
+        if runnable.write:
+            runnable.write()
+        model = runnable.load()
+        facts |= _facts(reader)
+        facts["simulated"] = variant.backend == "dequantised"
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    facts |= {"dtype": dtype, "device": device.type, "threads": torch.get_num_threads(), "scan_path": None}
+    facts["isa"] = torch.backends.cpu.get_cpu_capability()
+    return Loaded(model.eval(), facts | {"nbytes": memory(model)})
+
+
+def _facts(reader: Reader) -> dict[str, Any]:
+    """What RECORDS has of a plan."""
+    rows = pd.DataFrame(list(reader.plan.values()), index=list(reader.plan))
+    coded = rows[rows["quantizer"] != PASS_THROUGH]
+    weights = rows["rows"] * rows["columns"]
+    groups, how = set(coded["group_size"]), set(coded["quantizer"])
+    return {
+        "w_bits": float((rows["bits"] * weights).sum() / weights.sum()),
+        "group_size": int(groups.pop()) if len(groups) == 1 else None,
+        "per_channel": bool((coded["group_size"] >= coded["columns"]).all()) if len(coded) else None,
+        "calib_method": how.pop() if len(how) == 1 else None,
+        "scope_digest": digest(sorted(coded.index)) if len(coded) else None,
+    }
