@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bitalloc import languages, precision, retrieve
+from bitalloc import languages, precision, quant_fairness, retrieve
+from bitalloc.fairness import Choice, Units
 from bitalloc.families import family
 from bitalloc.quant_fairness import main
 from bitalloc.tables import ARMS, FAIRNESS, PROTECTED, SENTENCES, SYNERGY
@@ -109,6 +110,14 @@ def test_recommend_and_report_need_no_model(swept, monkeypatch, capsys, tmp_path
     assert json.loads((tmp_path / "map.json").read_text()) == {"default": "int3"}
     assert main(["recommend", str(folder), "--budget", "1.3MB"]) == 0
     assert "promises" in capsys.readouterr().out  # three units were never read together
+
+
+@pytest.mark.parametrize(("confidence", "unsure"), [(0.3, True), (0.6, False)])
+def test_a_choice_that_seldom_wins_is_said_to_be_unsure(confidence, unsure):
+    row = {"unit": "h.0", "nbytes": 1, "chosen": True, "frequency": 0.6, "value": 0.1, "lo": 0.0, "hi": 0.2}
+    found = Choice("h.0", confidence, {"h.0": 0.6})
+    told = quant_fairness._protected(pd.DataFrame([row]), found, Units({"h.0": 1}, base=1, rest=0, weights=1))
+    assert any(line.startswith("unsure") for line in told) == unsure
 
 
 def lines(count: int, text: str) -> bytes:

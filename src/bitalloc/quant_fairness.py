@@ -31,6 +31,7 @@ from bitalloc.progress import Progress, clock
 from bitalloc.store import Store, canonical, write_atomically
 from bitalloc.tables import ANSWERS, ARMS, FAIRNESS, PROTECTED, SENTENCES, SETS, SYNERGY
 
+UNSURE = 0.5  # confidence below which the recommendation is said to be unsure
 SHEET = Path("config/models.yaml")
 _BPW = re.compile(r"([0-9]*\.?[0-9]+) ?bpw")
 
@@ -334,11 +335,13 @@ def _protected(table: pd.DataFrame, found: fairness.Choice | None, units: Units)
         rows.append([row["unit"], f"{row['nbytes']:,}", _interval(row), f"{row['frequency']:.0%}", chosen])
     nbytes = units.nbytes(units.parse(found.plan))
     kept = "nothing" if found.plan == NONE else found.plan.replace("+", ", ")
+    unsure = ["unsure: other sets win more often than not; give more sentences"] * (found.confidence < UNSURE)
     return [
         *_grid(rows),
         "",
         f"protect {kept}: {nbytes - units.base:,} bytes more, {nbytes:,} in all "
         f"({units.bits_per_weight(nbytes):.2f} bpw); the same set in {found.confidence:.0%} of resamples",
+        *unsure,
     ]
 
 
