@@ -242,10 +242,11 @@ def drift(
         identity = identities.get(name, [identities[REFERENCE], name])
         key = digest(["drift", identity, identities[REFERENCE], ids_NT.tolist(), settings.model_dump()])
         record = store.get(key)
-        progress.advance(cached=record is not None, note=name)
+        progress.advance(0 if record is None else 1, cached=True)
         if record is None:
             record = {what: np.asarray(values).tolist() for what, values in measure().items()}
             store.put(key, record)
+            progress.advance(note=name)
         return {what: np.array(values) for what, values in record.items()}
 
     @cache
