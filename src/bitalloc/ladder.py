@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,22 @@ class Bench:
         if not np.isfinite(found["nll"]).all():
             raise BitallocError("a scheme makes the model's scores NaN or Inf; leave it out of the section schemes")
         return {name: found[name].tolist() for name in SCORES}
+
+    def models(self, names: list[str]) -> dict[str, Callable[[], Any]]:
+        """The unquantised model and every scheme of these names, each made anew when it is called for."""
+
+        def made(scheme: Scheme) -> Any:
+            model = self.load()
+            apply(model, scheme, calibration=self.calibration if scheme.calibrated else None, seed=self.seed)
+            return model
+
+        schemes = parse(self.settings, names)
+        return {REFERENCE: self.load} | {scheme.name: partial(made, scheme) for scheme in schemes}
+
+    def identities(self, names: list[str]) -> dict[str, str]:
+        """What each of them is made of."""
+        keys = {REFERENCE: None} | {scheme.name: scheme.key() for scheme in parse(self.settings, names)}
+        return {name: digest([self.identity, key]) for name, key in keys.items()}
 
     @property
     def protocol(self) -> str:
