@@ -96,6 +96,13 @@ def test_changes_are_against_the_scheme_without_the_last_word(made: tuple[pd.Dat
     assert rows.at["w4a4+gptq+dp", "nbytes"] <= rows.at["w4a4", "nbytes"]
 
 
+def test_default_names_are_schemes_that_stand_beside_what_they_are_held_against() -> None:
+    schemes = ladder.parse(config.Schemes(), [*config.Schemes().names, *config.Schemes().layerwise])
+    names = {scheme.name for scheme in schemes}
+    assert all(scheme.against in names or "+" not in scheme.against for scheme in schemes)
+    assert len({str(scheme.key()) for scheme in schemes}) == len(schemes) - 2  # two are named in three orders
+
+
 def test_what_is_known_is_not_measured_again(
     made: tuple[pd.DataFrame, Path], path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
