@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 CORES ?= 2
 DEMO := $(addprefix results/tiny/,goodhart.png report.md)
 
-.PHONY: demo test lint format config bench-allocate bench-allocators bench-clusters bench-evaluate bench-evolve bench-export bench-goodhart bench-matrices bench-memory bench-peers bench-phase bench-resume bench-rounds bench-sweep bench-tune test-lepton test-slurm validate clean
+.PHONY: demo test lint format config bench-allocate bench-allocators bench-clusters bench-evaluate bench-evolve bench-export bench-goodhart bench-matrices bench-memory bench-peers bench-phase bench-resume bench-rounds bench-scan bench-sweep bench-tune test-lepton test-slurm validate clean
 
 demo: $(VENV)/.core
 	$(BIN)/snakemake $(DEMO) --cores $(CORES) --quiet rules host
@@ -100,6 +100,9 @@ bench-memory: $(VENV)/.dev
 
 bench-resume: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_resume.py
+
+bench-scan: $(VENV)/.dev
+	$(BIN)/python benchmarks/bench_scan.py
 
 bench-export: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_export.py

@@ -9,6 +9,7 @@ from bitalloc.figures.law import law
 from bitalloc.figures.phase import phase
 from bitalloc.figures.position import position
 from bitalloc.figures.profile import profile
+from bitalloc.figures.runs import long_context, perplexity
 from bitalloc.figures.sensitivity import errors, plan, sensitivity
 from bitalloc.figures.style import stamp
 from bitalloc.figures.tune import tune
@@ -22,6 +23,8 @@ __all__ = [
     "fairness_plans",
     "goodhart",
     "law",
+    "long_context",
+    "perplexity",
     "phase",
     "plan",
     "position",
