@@ -18,7 +18,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from bitalloc import models, precision
+from bitalloc import models, precision, scan
 from bitalloc.backends import BACKENDS, Subject, memory
 from bitalloc.compress import compress
 from bitalloc.config import Schemes, Sweep
@@ -203,11 +203,7 @@ def _scheme(variant: Variant, scheme: Scheme, model: Any) -> dict[str, Any]:
 
 def _scan_path(model: Any, device: torch.device) -> str | None:
     """How a state-space model scans its prompt; None for others."""
-    if model.config.model_type != "mamba2":
-        return None
-    from bitalloc import scan
-
-    return scan.scan_path(device)
+    return scan.scan_path(device) if model.config.model_type == "mamba2" else None
 
 
 def _facts(reader: Reader) -> dict[str, Any]:
