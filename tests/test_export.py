@@ -72,6 +72,7 @@ def test_above_its_budget_nothing_is_written(name: str, checkpoint: Path, tmp_pa
 def test_a_disk_that_takes_no_more_is_one_line_and_nothing_stays(
     name: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # Python 3.11 would keep what is cut short of it
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))  # bytes beyond which no file may grow
     try:

@@ -34,7 +34,7 @@ def drawn(path, width):
 
 
 def test_goodhart_is_drawn_and_its_bytes_repeat(tmp_path):
-    results = simulate(pool=8, items=80)
+    results = simulate(pool=8, items=80, slopes={"facts": 12.0}, corpora=("world",))
     found = gains(results)
     draw(results, tmp_path / "a.png", found=found)
     with pytest.MonkeyPatch.context() as patch:
@@ -73,7 +73,8 @@ def test_goodhart_with_perplexity_alone(tmp_path):
 
 
 def test_a_longer_sentence_never_leaves_the_page(tmp_path):
-    draw(simulate(pool=0, items=40, budgets=("2.6bpw",)), tmp_path / "figure.png", "A long word here and there, " * 14)
+    few = {"slopes": {"facts": 12.0}, "budgets": ("2.6bpw",)}
+    draw(simulate(pool=0, items=40, **few), tmp_path / "figure.png", "A long word here and there, " * 14)
     drawn(tmp_path / "figure.png", 13.5)
 
 

@@ -366,10 +366,8 @@ class Schemes(Section):
             "w4a8+gptq", "w4a8+gptq+online", "w4a8+gptq+online+dp",
             "w4a4", "w4a4@compressed-tensors", "w4a4+rtn", "w4a4+gptq", "w4a4+g32", "w4a4+static", "w4a4+static+p99",
             "w4a4+static+p100", "w4a4+asym", "w4a4+clip", "w4a4+online", "w4a4+folded", "w4a4+dp",
-            "w4a4+gptq+online", "w4a4+gptq+online+folded", "w4a4+gptq+online+folded+dp",
-            "w4a4+gptq+online+folded+dp+clip", "w4a4+gptq+online+folded+dp+asym",
-            "w4a4+online+folded+dp", "w4a4+online+folded+dp+gptq", "w4a4+gptq+folded+dp", "w4a4+gptq+folded+dp+online",
-            "w4a4+gptq+online+dp", "w4a4+gptq+online+dp+folded",
+            "w4a4+gptq+online", "w4a4+gptq+online+dp", "w4a4+gptq+dp", "w4a4+gptq+dp+online", "w4a4+online+dp",
+            "w4a4+online+dp+gptq", "w4a4+gptq+online+dp+folded", "w4a4+gptq+online+dp+clip", "w4a4+gptq+online+dp+asym",
         ],
         description="schemes of weights and activations that are scored, as bitalloc/scheme.py names them; each is "
         "held against the one without what its name says last",

@@ -7,7 +7,6 @@ their axes: T tokens, N windows.
 
 from __future__ import annotations
 
-import functools
 import gzip
 import itertools
 import json
@@ -68,9 +67,6 @@ def world_documents(*, seed: int, split: str) -> Iterator[str]:
                 yield document
 
 
-_docstrings = functools.cache(docstrings)  # seconds of parsing
-
-
 def find(source: str) -> Path:
     """The file that a source names, here or on the hub; raises `UnavailableError`."""
     return _hub_file(source) if source.startswith("hub:") else _local_file(source)
@@ -128,7 +124,7 @@ def texts(name: str, corpus: Corpus, *, seed: int, splits: list[str]) -> list[tu
         if source == "world":
             return [([split], world_documents(seed=seed, split=split)) for split in splits]
         if source == "docstrings":
-            return [([split], _docstrings()[split]) for split in splits]
+            return [([split], docstrings()[split]) for split in splits]
         try:
             return [(splits, read_records(find(source), corpus.field))]
         except UnavailableError as reason:

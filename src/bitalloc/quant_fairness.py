@@ -170,8 +170,8 @@ def report(given: argparse.Namespace) -> None:
     units, table = Units.of(sets), fairness.fairness(sentences, sets, arms, answers, **how)
     FAIRNESS.write(table, folder / "fairness.parquet")
     protected, found = pd.DataFrame(columns=[c.name for c in PROTECTED.columns]), None
+    budget, nbytes = arms["budget"].iloc[0], int(arms["budget_nbytes"].iloc[0])
     if select.ranked:
-        budget, nbytes = arms["budget"].iloc[0], int(arms["budget_nbytes"].iloc[0])
         found = fairness.choose(select, units, nbytes, margin=given.margin_en)
         recorded = arms.loc[arms["arm"] == FAIR, "plan"].item()
         if found.plan != recorded:
@@ -190,9 +190,9 @@ def report(given: argparse.Namespace) -> None:
         figures.fairness(table, protected, given.figure, note=fairness.conditions(sets, arms))
     told = {"table": json.loads(table.to_json(orient="records")), "protect": None}
     if found:
-        told["protect"] = _recommended(found, units, int(arms["budget_nbytes"].iloc[0]))
-    _tell(given.json, told, [fairness.conditions(sets, arms), "", *_languages(table), "", *_arms(table), "",
-                             *_protected(protected, found, units)])  # fmt: skip
+        told["protect"] = _recommended(found, units, nbytes)
+    lines = [fairness.conditions(sets, arms), "", *_languages(table), "", *_arms(table, nbytes), ""]
+    _tell(given.json, told, lines + _protected(protected, found, units))
 
 
 def recommend(given: argparse.Namespace) -> None:
@@ -277,7 +277,9 @@ def _languages(table: pd.DataFrame) -> list[str]:
     of = table.set_index(["arm", "language", "metric"]).sort_index()
     fair = bool((table["arm"] == FAIR).any())
     rows = [["language", "bits/byte", "unigram", "fertility", "damage, nothing protected", "nats a sentence"]]
-    rows[0] += ["damage, fair set"] * fair + [""]
+    shown = [REFERENCE, NONE, *[FAIR] * fair]
+    asked = bool((table["metric"] == "acc").any())
+    rows[0] += ["damage, fair set"] * fair + [f"accuracy: {', '.join(shown)}"] * asked + [""]
     for language in dict.fromkeys(table.loc[table["arm"] == REFERENCE, "language"]):
 
         def value(arm: str, metric: str, form: str = ".3f", language: str = language) -> str:
@@ -288,11 +290,12 @@ def _languages(table: pd.DataFrame) -> list[str]:
         row = [language, *(value(REFERENCE, f"{each}_bits_per_byte") for each in ("reference", "unigram"))]
         row += [value(REFERENCE, "fertility", ".2f"), _interval(none), value(NONE, "damage_nats")]
         row += [_interval(of.loc[(FAIR, language, "damage_rel")])] if fair else []
+        row += [", ".join(value(arm, "acc", ".2f") for arm in shown)] * asked
         rows.append([*row, "floor: not ranked" if none["status"] == "floor" else ""])
     return _grid(rows)
 
 
-def _arms(table: pd.DataFrame) -> list[str]:
+def _arms(table: pd.DataFrame, budget: int) -> list[str]:
     over = table[table["language"] == ALL].pivot(index="arm", columns="metric", values=["value", "lo", "hi"])
     if over.empty:
         return ["no language is ranked: in none is the model surely better than byte unigrams"]
@@ -310,7 +313,9 @@ def _arms(table: pd.DataFrame) -> list[str]:
             [
                 arm,
                 first["plan"] or first["status"],
-                "" if math.isnan(first["nbytes"]) else f"{int(first['nbytes']):,}",
+                ""
+                if math.isnan(first["nbytes"])
+                else f"{int(first['nbytes']):,}" + " (over)" * int(first["nbytes"] > budget),
                 cell("worst_rel"),
                 "" if math.isnan(gap) else f"{gap:.2%}",
                 "" if math.isnan(ratio) else f"{ratio:.2f}",

@@ -9,6 +9,7 @@ is taken from outside, except docstrings of the Python that runs this (`docstrin
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import random
 import sysconfig
@@ -274,6 +275,7 @@ def _drawn(draw: random.Random, population: list, count: int) -> list:
     return drawn[:count]
 
 
+@functools.cache  # seconds of parsing
 def docstrings(*, longest: int = 700) -> dict[str, list[str]]:
     """Real English: docstrings of the running Python's own top-level modules, in disjoint splits.
 
