@@ -106,6 +106,7 @@ def test_a_second_run_gives_the_same_but_for_times(folder: Path, tmp_path: Path)
 
 def test_what_is_there_is_not_measured_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = (folder / "metrics.jsonl").read_bytes()
+    (folder / ".variants.killed/models").mkdir(parents=True)
 
     def never(*_: object) -> None:
         raise AssertionError("it was measured again")
@@ -115,6 +116,7 @@ def test_what_is_there_is_not_measured_again(folder: Path, monkeypatch: pytest.M
     for name in (run.perplexity, run.long_context, run.profile):
         run.measure(name, config.read_run(folder.parents[1] / "run.yaml"), folder.parent)
     assert (folder / "metrics.jsonl").read_bytes() == before
+    assert not list(folder.glob(".variants.*")) and not (folder / ".lock").exists()
 
 
 def test_another_configuration_does_not_get_into_a_run(

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import rmtree
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -106,6 +107,8 @@ def variants(
     seed: int = 0,
 ) -> Iterator[list[Variant]]:
     """Variants of a model, in that order; `plans` are checkpoints that are there, those of rules lie in `scratch`."""
+    for left in scratch.glob(".variants.*"):  # of a run that was killed; two do not work in one folder
+        rmtree(left, ignore_errors=True)
     with TemporaryDirectory(dir=scratch, prefix=".variants.") as folder:
         made, there = [], dict(plans or {})
         for name in names:
