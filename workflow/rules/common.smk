@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 from uuid import uuid4
 
 from snakemake.exceptions import WorkflowError
@@ -22,7 +23,6 @@ from bitalloc.gates import read_verdict
 from bitalloc.option import options
 from bitalloc.scheme import Scheme
 from bitalloc.store import Store, write_atomically
-from bitalloc.strategies.position import RULES
 from bitalloc.sweep import units
 
 # the maths library takes fewer threads on a busy machine unless told not to, and then last digits differ
@@ -326,11 +326,11 @@ def profiled(wildcards):
     """Input function: checkpoints of the pipeline that are profiled; plans by rule are made on the spot."""
     named = [name for name in settings(wildcards.model).profile.variants if name != REFERENCE]
     plans = dict.fromkeys(name.partition(":")[0] for name in named if ":" in name)
-    known = [*compressed_plans(wildcards), *RULES]
+    known = [*compressed_plans(wildcards), *get_args(configuration.Rule)]
     for plan in plans:
         if plan not in known:
             raise BitallocError(f"unknown plan {plan!r} in profile.variants: {nearest(plan, [REFERENCE, *known])}")
-    return [f"results/{wildcards.model}/models/{plan}" for plan in plans if plan not in RULES]
+    return [f"results/{wildcards.model}/models/{plan}" for plan in plans if plan not in get_args(configuration.Rule)]
 
 
 @checked
