@@ -12,13 +12,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import rmtree
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import pandas as pd
 import torch
 
-from bitalloc import models
+from bitalloc import models, scan
 from bitalloc.backends import BACKENDS, Subject, memory
 from bitalloc.compress import compress_maps
 from bitalloc.config import Schemes
@@ -104,6 +105,8 @@ def variants(
     seed: int = 0,
 ) -> Iterator[list[Variant]]:
     """Variants of a model, in that order; `plans` are checkpoints that are there, those of rules lie in `scratch`."""
+    for left in scratch.glob(".variants.*"):  # of a run that was killed; two do not work in one folder
+        rmtree(left, ignore_errors=True)
     with TemporaryDirectory(dir=scratch, prefix=".variants.") as folder:
         made, there = [], dict(plans or {})
         for name in names:
@@ -190,11 +193,7 @@ def _scheme(variant: Variant, scheme: Scheme, model: Any) -> dict[str, Any]:
 
 def _scan_path(model: Any, device: torch.device) -> str | None:
     """How a state-space model scans its prompt; None for others."""
-    if model.config.model_type != "mamba2":
-        return None
-    from bitalloc import scan
-
-    return scan.scan_path(device)
+    return scan.scan_path(device) if model.config.model_type == "mamba2" else None
 
 
 def _facts(reader: Reader) -> dict[str, Any]:
