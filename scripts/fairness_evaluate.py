@@ -19,6 +19,7 @@ def main(*, inputs: dict[str, Path], settings: Config, remote_code: bool, output
         PLANS.read(inputs["plans"]),
     )
     items = languages.spoken(ITEMS.read(inputs["items_table"]), text)
+    scored = settings.evaluate.model_copy(update={"batch": languages.batch(text, settings)})
     experiments = open_experiments(inputs["checkpoint"], inputs["inventory"], inputs["moments"], settings)
     frames = {name: PLAN.read(inputs["folder"] / f"{name}.parquet") for name in plans["plan"]}
     read = []
@@ -32,7 +33,7 @@ def main(*, inputs: dict[str, Path], settings: Config, remote_code: bool, output
             items=items,
             split=split,
             suites=suites if len(items) else ["perplexity"],
-            settings=settings.evaluate,
+            settings=scored,
             store=experiments.store,
             device=experiments.device,
             seed=settings.seed,

@@ -25,6 +25,7 @@ import torch
 from tokenizers import Tokenizer
 
 from bitalloc import fairness, precision
+from bitalloc.config import Config
 from bitalloc.errors import BitallocError, nearest
 from bitalloc.fairness import ALLOCATOR, ENGLISH, ENGLISH_ONLY, FAIR, NONE, PATTERN, RANDOM, REFERENCE, Set, Units
 from bitalloc.models import Checkpoint, context_length, load_model, set_weight
@@ -347,6 +348,11 @@ def windows(text: pd.DataFrame) -> pd.DataFrame:
     """PARALLEL as TOKENS: a corpus for each language, a window for each sentence."""
     named = text.rename(columns={"language": "corpus", "sentence": "window"})
     return named[["split", "corpus", "window", "tokens", "nbytes"]]
+
+
+def batch(text: pd.DataFrame, settings: Config) -> int:
+    """Sentences a forward pass, of as many tokens as the evaluation reads in windows."""
+    return settings.evaluate.batch * max(1, settings.retrieve.window // text["tokens"].map(len).max())
 
 
 def of_responses(responses: pd.DataFrame, text: pd.DataFrame, model: str) -> tuple[pd.DataFrame, pd.DataFrame]:
