@@ -1,9 +1,9 @@
 """Learned rounding, each technique off in turn: KL on every report corpus, at the very bytes of the swept plan.
 
-python benchmarks/bench_tune.py [--models tiny stories260k] [--rows default ..] [--seeds 1]  ->  a table, and
-benchmarks/results/tune.json
+python benchmarks/bench_tune.py [--models tiny stories260k] [--rows default ..] [--plans best] [--seeds 1]  ->  a table,
+and benchmarks/results/tune.json
 
-    swept        the plan `best` of each budget as GPTQ left it
+    swept        the plan of each budget as GPTQ left it: `best`, or others (--plans best bits_only)
     default      the settings of the model; the rows from `polish` on depart from them by what their name says
     blocks       without the polish; the rows after it depart from that
 
@@ -44,6 +44,16 @@ ROWS: dict[str, dict[str, Any]] = {
     "polish no codes": {"polish_learn": ["scales", "factors"]},
     "polish codes alone": {"polish_learn": ["rounding"]},
     "polish alone": {"iterations": 0},
+    "no scales": {"learn": ["rounding"], "polish_learn": ["rounding", "factors"]},
+    "original inputs, polished": {"inputs": "original"},
+    "from nearest, polished": {"start": "nearest"},
+    # the grid that the defaults were chosen from, on select windows of models that nothing is compared on (docs/LOG.md)
+    "polish at .0001": {"polish_rate": 0.0001},
+    "polish at .0005": {"polish_rate": 0.0005},
+    "polish at .001": {"polish_rate": 0.001},
+    "polish at .003": {"polish_rate": 0.003},
+    "half the blocks' steps": {"iterations": 100},
+    "100 and 300 steps": {"iterations": 100, "polish": 300},
     # the blocks by themselves: the polish would hide what they owe to each technique
     "blocks": {"polish": 0},
     "rounding only": {"polish": 0, "learn": ["rounding"]},
@@ -84,9 +94,10 @@ class Model:
                 for split, windows in self.windows.items()
             }
 
-    def plans(self) -> Iterator[tuple[str, pd.DataFrame]]:
-        for path in sorted((self.folder / "plans").glob("best-*.parquet")):
-            yield path.stem, PLAN.read(path)
+    def plans(self, strategies: list[str]) -> Iterator[tuple[str, pd.DataFrame]]:
+        for strategy in strategies:
+            for path in sorted((self.folder / "plans").glob(f"{strategy}-*.parquet")):
+                yield path.stem, PLAN.read(path)
 
     @torch.inference_mode()
     def kl(self, plan: pd.DataFrame, matrix: Callable[..., CompressedMatrix]) -> dict[str, float]:
@@ -143,6 +154,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["tiny", "stories260k"])
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS)
     parser.add_argument("--budgets", nargs="+", help="e.g. 2.5bpw; all")
+    parser.add_argument("--plans", nargs="+", default=["best"], help="maps; of all but the first `default` alone")
     parser.add_argument("--seeds", type=int, default=1, help="of `default`")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/tune.json"))
     arguments = parser.parse_args()
@@ -150,14 +162,14 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     intervals: dict[str, dict[str, list[float]]] = {}
     for model in map(Model, arguments.models):
-        for plan, frame in model.plans():
-            if arguments.budgets and plan.removeprefix("best-") not in arguments.budgets:
+        for plan, frame in model.plans(arguments.plans):
+            if arguments.budgets and plan.partition("-")[2] not in arguments.budgets:
                 continue
             swept = model.kl(frame, model.experiments.matrix)
             place = {"model": model.name, "plan": plan}
             rows.append({**place, "row": "swept", "seed": 0, "kl": swept})
             print(told(rows[-1], swept), flush=True)
-            for name in arguments.rows:
+            for name in arguments.rows if plan.startswith(f"{arguments.plans[0]}-") else ["default"]:
                 seeds = range(arguments.seeds if name == "default" else 1)
                 for seed in seeds:
                     rows.append({**place, "row": name, "seed": seed, **model.tuned(plan, frame, seed, **ROWS[name])})

@@ -10,8 +10,8 @@ from bitalloc.errors import BitallocError
 ROOT = Path(__file__).parents[1]
 FILES = (ROOT / "config/config.yaml", ROOT / "config/models.yaml")
 SHEET = (
-    "tiny stories260k gpt2_tiny_6 gpt2_tiny_12 gpt2_tiny_24 "
-    "gpt2 distilgpt2 gpt2_medium gpt2_large gpt2_xl opt_125m tinyllama_1_1b llama2_7b mistral_7b "
+    "tiny tiny_mamba2 stories260k gpt2_tiny_6 gpt2_tiny_12 gpt2_tiny_24 "
+    "gpt2 distilgpt2 gpt2_medium gpt2_large gpt2_xl mamba2_130m opt_125m tinyllama_1_1b llama2_7b mistral_7b "
     "phi_2 qwen2_1_5b qwen2_7b qwen2_72b"
 ).split()
 

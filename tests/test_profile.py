@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,13 +17,16 @@ import torch
 from bitalloc import config, figures
 from bitalloc import profile as module
 from bitalloc.errors import BitallocError
+from bitalloc.formats import bitalloc
 from bitalloc.processes import OutOfMemory
 from bitalloc.profile import Generation, Wall, generate, profile, rounds
-from bitalloc.records import OK, frame, rows
-from bitalloc.tables import RECORDS
-from bitalloc.variants import Variant, variants
+from bitalloc.records import OK, frame
+from bitalloc.tables import INVENTORY, RECORDS
+from bitalloc.variants import Variant
+from tests.random_models import save
 from tests.small import OPTIONS, Small, small
 
+FILES = {"checkpoint": "checkpoint.json", "inventory": "inventory.parquet"}
 SETTINGS = config.Profile(
     lengths=[8, 16], batches=[1, 2], new_tokens=4, warmup=1, iterations=3, seconds=0, resamples=50
 )  # fmt: skip
@@ -84,26 +89,33 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Small:
 
 @pytest.fixture(scope="module")
 def measured(bench: Small, tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
-    names = ["reference", "dequantised-plan:dequantised", "plan:native", "plan:gptq"]
-    from bitalloc.formats import bitalloc
-
-    folder = tmp_path_factory.mktemp("native") / "plan"
+    """What the script of the workflow writes."""
+    results = tmp_path_factory.mktemp("results")
+    plan = results / "models/plan"
     bitalloc.save(
-        folder, source=bench.experiments.checkpoint, inventory=bench.inventory, plan=bench.plan(OPTIONS[:2]),
+        plan, source=bench.experiments.checkpoint, inventory=bench.inventory, plan=bench.plan(OPTIONS[:2]),
         matrix=bench.experiments.matrix, sweep=bench.experiments.sweep, extra={},
     )  # fmt: skip
-    plans = {"plan": folder, "dequantised-plan": folder}
-    settings = SETTINGS.model_copy(
-        update={
-            "lengths": [16, 61], "priced_as": "here", "utilisation": 0.5,
-            "prices": {"here": config.Price(usd_per_hour=3.6, source="a list", date="2026-01-31")},
-        }
-    )  # fmt: skip
-    with variants(
-        names, checkpoint=bench.experiments.checkpoint, inventory=bench.inventory, device="cpu", threads=1,
-        scratch=folder.parent, plans=plans,
-    ) as made:  # fmt: skip
-        return frame(profile(made, model="small", settings=settings, run_id="r"))
+    where = {"path": str(bench.path), "family": "llama", "revision": "local"}
+    (results / "checkpoint.json").write_text(json.dumps(where))
+    INVENTORY.write(bench.inventory, results / "inventory.parquet")
+    asked = SETTINGS.model_dump() | {
+        "variants": ["reference", "plan:dequantised", "plan:native", "plan:gptq"], "lengths": [16, 61],
+        "priced_as": "here", "utilisation": 0.5,
+        "prices": {"here": {"usd_per_hour": 3.6, "source": "a list", "date": "2026-01-31"}},
+    }  # fmt: skip
+    runpy.run_path("scripts/profile_model.py")["main"](
+        model="small",
+        inputs={name: results / file for name, file in FILES.items()},
+        plans=[plan],
+        path_to_tokens=None,
+        settings=config.parse({"profile": asked, "device": "cpu", "threads": 1}),
+        remote_code=False,
+        path_to_table=results / "profile.parquet",
+        path_to_figure=results / "profile.png",
+    )
+    assert (results / "profile.png").stat().st_size > 20_000 and not list(results.glob(".*"))
+    return RECORDS.read(results / "profile.parquet")
 
 
 def pick(measured: pd.DataFrame, variant: str, metric: str, **at: int) -> pd.Series:
@@ -114,12 +126,10 @@ def pick(measured: pd.DataFrame, variant: str, metric: str, **at: int) -> pd.Ser
     return chosen.iloc[0]
 
 
-def test_every_variant_has_every_number_or_says_why_not(measured: pd.DataFrame, tmp_path: Path) -> None:
-    RECORDS.write(measured, tmp_path / "profile.parquet")  # types, keys
+def test_every_variant_has_every_number_or_says_why_not(measured: pd.DataFrame) -> None:
     absent = measured["value"].isna()
     assert (measured["status"].eq(OK) == ~absent).all()
     assert not measured.loc[~absent, "value"].eq(0).any()  # what is absent is null, not 0
-    assert rows(RECORDS.read(tmp_path / "profile.parquet")) == rows(measured)
     for variant in ("reference", "plan:native"):
         at = {"batch": 2, "prompt_length": 16}
         speed = pick(measured, variant, "decode_tokens_per_s", **at)
@@ -138,12 +148,12 @@ def test_speedups_are_over_the_first_variant_and_none_is_told_of_itself(measured
 
 def test_facts_of_the_precision_stand_beside(measured: pd.DataFrame) -> None:
     row = pick(measured, "plan:native", "load_s")
-    assert 2 < row["w_bits"] < 3 and row["group_size"] == 16 and row["per_channel"] is False and not row["simulated"]
+    assert 2 < row["w_bits"] < 3 and row["group_size"] == 16 and not row["per_channel"] and not row["simulated"]
     assert row["quant_backend"] == "native" and row["calib_method"] == "rtn" and len(row["scope_digest"]) == 64
-    assert pick(measured, "dequantised-plan:dequantised", "load_s")["simulated"]
+    assert pick(measured, "plan:dequantised", "load_s")["simulated"]
     whole = pick(measured, "reference", "load_s")
-    assert whole["w_bits"] == 16 and whole["quant_backend"] is None and whole["dtype"] == "float32"
-    assert whole["threads"] == 1 and whole["isa"] and whole["scan_path"] is None
+    assert whole["w_bits"] == 16 and pd.isna(whole["quant_backend"]) and whole["dtype"] == "float32"
+    assert whole["threads"] == 1 and whole["isa"] and pd.isna(whole["scan_path"])
 
 
 def test_a_prompt_beyond_the_context_and_a_backend_that_refuses_are_told(measured: pd.DataFrame) -> None:
@@ -186,6 +196,18 @@ def test_the_page_leaves_out_what_was_only_simulated(measured: pd.DataFrame, tmp
     assert (tmp_path / "profile.png").read_bytes() == first
     said = figures.profile.__globals__["message"](measured)
     assert "plan:native" in said and "dequantised" not in said
+
+
+def test_a_state_space_model_goes_on_from_its_state_and_says_how_it_scans(tmp_path: Path) -> None:
+    save("mamba2", tmp_path)
+    holder = module.Holder(Variant("reference", tmp_path, "cpu", 1), 0)
+    facts, _ = holder.facts()
+    assert facts["scan_path"] == "matrix"
+    model, tokens_BT = holder._loaded.model, holder._prompts(2, 9)
+    token_B1, cache = module.prefill(model, tokens_BT)
+    with torch.inference_mode():
+        whole = model(torch.cat([tokens_BT, token_B1], 1)).logits[:, -1:].argmax(-1)
+    assert torch.equal(module._step(model, token_B1, cache)[0], whole)
 
 
 # ---- memory that is not there

@@ -1,5 +1,7 @@
 """Training: a few steps make a checkpoint that the rest of the chain can read, and lower the loss."""
 
+from pathlib import Path
+
 import torch
 from tokenizers import Tokenizer
 
@@ -10,7 +12,7 @@ from bitalloc.world import World, docstrings, documents
 
 
 def test_a_short_training_saves_a_checkpoint_and_a_tokenizer(tmp_path):
-    train.train(tmp_path, count=300, vocabulary=300, steps=(2, 1), rates=(1e-3, 1e-3))
+    train.train(tmp_path, count=300, vocabulary=300, phases=[train.Phase(2, 1e-3), train.Phase(1, 1e-3)])
     checkpoint = Checkpoint(tmp_path, family("qwen2"))
     assert checkpoint.tensor("model.embed_tokens.weight").dtype == torch.float16
     assert checkpoint.weight("model.layers.3.mlp.down_proj").shape == (128, 384)
@@ -24,10 +26,19 @@ def test_steps_lower_the_loss_and_repeat():
     ids = torch.tensor([i for text in texts for i in [0, *tokenizer(text)["input_ids"]]])
 
     def loss(steps: int) -> float:
-        model = train.train_model(ids, config=train.qwen2(300), steps=(steps,), rates=(4e-3,), seed=0)
+        model = train.train_model([(train.Phase(steps, 4e-3), ids)], config=train.qwen2(300), seed=0)
         with torch.inference_mode():
             return model(ids[None, :256], labels=ids[None, :256]).loss.item()
 
     once = loss(1)
     assert loss(6) < once - 0.3
     assert loss(1) == once
+
+
+def test_a_mamba2_is_trained_with_the_tokenizer_of_another_model(tmp_path):
+    phases = [train.Phase(1, 1e-3, window=24, batch=2), train.Phase(1, 1e-3, window=70, batch=1)]
+    train.train_mamba2(tmp_path, tokenizer=Path("resources/tiny"), count=60, phases=phases)
+    checkpoint = Checkpoint(tmp_path, family("mamba2"))
+    assert checkpoint.weight("backbone.layers.3.mixer.in_proj").shape == (256 + 384 + 8, 128)
+    assert "lm_head.weight" not in checkpoint.names  # tied
+    assert (tmp_path / "tokenizer.json").read_bytes() == Path("resources/tiny/tokenizer.json").read_bytes()

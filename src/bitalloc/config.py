@@ -330,6 +330,33 @@ class Analyze(Section):
     )
 
 
+class Passkey(Section):
+    kind: Literal["ruler", "world"] = Field(
+        "ruler", description="ruler: one passage over and over; world: facts, for models trained on them"
+    )
+    lengths: list[Annotated[int, Field(ge=32)]] = Field(
+        [256, 512, 1024, 2048, 4096, 8192], min_length=1, description="tokens of a prompt"
+    )
+    depths: Positive = Field(10, description="places of the needle, evenly from the beginning to the end")
+    items: Positive = Field(5, description="items of a length and depth, the same for every scheme")
+    schemes: list[str] = Field(
+        ["bf16", "w8a8", "w4a8", "w4a4"], description="schemes of weights and activations, bitalloc/scheme.py"
+    )
+    batch: Positive = Field(16, description="prompts of the shortest length a forward pass, fewer of longer ones")
+
+
+class Drift(Section):
+    length: Annotated[int, Field(ge=16)] = Field(2048, description="tokens of a sequence")
+    first: Annotated[int, Field(ge=2)] = Field(8, description="tokens before the first look; then twice as many each")
+    sequences: Annotated[int, Field(ge=2)] = Field(16, description="at most, from the report windows")
+    schemes: list[str] = Field(
+        ["bf16", "w8a8", "w4a8", "w4a4"], description="schemes of weights and activations, bitalloc/scheme.py"
+    )
+    prompt: Positive = Field(64, description="tokens before a model runs freely")
+    new_tokens: Annotated[int, Field(ge=4)] = Field(128, description="that it then goes on by itself")
+    batch: Positive = Field(8, description="sequences a forward pass")
+
+
 class Schemes(Section):
     names: list[str] = Field(
         [
@@ -339,10 +366,8 @@ class Schemes(Section):
             "w4a8+gptq", "w4a8+gptq+online", "w4a8+gptq+online+dp",
             "w4a4", "w4a4@compressed-tensors", "w4a4+rtn", "w4a4+gptq", "w4a4+g32", "w4a4+static", "w4a4+static+p99",
             "w4a4+static+p100", "w4a4+asym", "w4a4+clip", "w4a4+online", "w4a4+folded", "w4a4+dp",
-            "w4a4+gptq+online", "w4a4+gptq+online+folded", "w4a4+gptq+online+folded+dp",
-            "w4a4+gptq+online+folded+dp+clip", "w4a4+gptq+online+folded+dp+asym",
-            "w4a4+online+folded+dp", "w4a4+online+folded+dp+gptq", "w4a4+gptq+folded+dp", "w4a4+gptq+folded+dp+online",
-            "w4a4+gptq+online+dp", "w4a4+gptq+online+dp+folded",
+            "w4a4+gptq+online", "w4a4+gptq+online+dp", "w4a4+gptq+dp", "w4a4+gptq+dp+online", "w4a4+online+dp",
+            "w4a4+online+dp+gptq", "w4a4+gptq+online+dp+folded", "w4a4+gptq+online+dp+clip", "w4a4+gptq+online+dp+asym",
         ],
         description="schemes of weights and activations that are scored, as bitalloc/scheme.py names them; each is "
         "held against the one without what its name says last",
@@ -388,12 +413,7 @@ class Price(Section):
         return self
 
 
-class Profile(Section):
-    variants: list[str] = Field(
-        ["reference", "all_low:torchao_int8", "champion:native"],
-        min_length=1,
-        description="what is held against the first of them: reference, <rule or plan>:<backend>",
-    )
+class Timing(Section):
     lengths: list[Positive] = Field([128, 512, 2048], min_length=1, description="tokens of a prompt")
     batches: list[Positive] = Field([1, 4], min_length=1, description="sequences side by side")
     new_tokens: Annotated[int, Field(ge=2)] = Field(32, description="tokens that each writes; none ends early")
@@ -411,7 +431,7 @@ class Profile(Section):
     resamples: Positive = Field(2000, description="bootstrap resamples of an interval")
 
     @model_validator(mode="after")
-    def _priced(self) -> Profile:
+    def _priced(self) -> Timing:
         if self.priced_as is None:
             return self
         if self.priced_as not in self.prices:
@@ -419,6 +439,14 @@ class Profile(Section):
         if self.prices[self.priced_as].usd_per_hour is None:
             raise ValueError(f"the price of {self.priced_as!r} is null; give usd_per_hour, its source and date")
         return self
+
+
+class Profile(Timing):
+    variants: list[str] = Field(
+        ["reference", "all_low:torchao_int8", "champion:native"],
+        min_length=1,
+        description="what is held against the first of them: reference, <rule or plan>:<backend>, or a scheme",
+    )
 
 
 class Check(Section):
@@ -572,6 +600,68 @@ class Study(Section):
     settings: dict[str, Any] = Field({}, description="what departs from the settings of each model")
 
 
+class Perplexity(Section):
+    corpora: list[str] = Field(["wikitext2"], min_length=1, description="texts that are scored")
+    split: Literal["select", "report"] = Field("report", description="windows of a split share none with another's")
+    window: Positive = Field(2048, description="tokens in a window")
+    windows: Positive = Field(64, description="of each corpus")
+    stride: Positive | None = Field(
+        None, description="tokens scored at the end of a window, as if it slid by so much; null = all but the first"
+    )
+    batch: Positive = Field(8, description="windows a forward pass")
+    resamples: Positive = Field(2000, description="bootstrap resamples of an interval")
+
+
+class LongContext(Section):
+    kind: Literal["ruler", "world"] = Field("ruler", description="world: facts, for models trained on them")
+    lengths: list[Annotated[int, Field(ge=32)]] = Field(
+        [256, 512, 1024, 2048, 4096, 8192], min_length=1, description="tokens of a prompt"
+    )
+    depths: Positive = Field(10, description="places of the key, evenly from the beginning to the end")
+    items: Positive = Field(5, description="items of a length and depth, the same for every variant")
+    batch: Positive = Field(16, description="prompts of the shortest length a forward pass, fewer of longer ones")
+
+
+class Texts(Section):
+    corpora: list[str] = Field(["wikitext2_train"], description="that a scheme is calibrated on, if it needs to be")
+    window: Positive = Field(512, description="tokens in a window")
+    windows: Positive = Field(64, description="over all of these corpora")
+
+
+class Run(Section):
+    """One file for the scripts that run by hand: what is measured, of which model, at which precisions."""
+
+    model: str = Field(
+        description="a row of config/models.yaml, a local folder, or a hub id, with @revision if you like"
+    )
+    variants: list[str] = Field(
+        ["reference"], min_length=1, description="reference, <rule>:<backend>, or schemes of weights and activations"
+    )
+    seed: int = Field(0, description="of everything that is drawn")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: the GPU when there is one")
+    threads: Positive = Field(4, description="CPU threads")
+    notes: str = Field("", description="kept with every record")
+    store: str = Field("results/store", description="content-addressed shards, from which what was cut off goes on")
+    corpora: dict[str, Corpus] = Field(CORPORA, description="where texts come from")
+    calibrate: Texts = Field(default_factory=Texts)
+    perplexity: Perplexity = Field(default_factory=Perplexity)
+    long_context: LongContext = Field(default_factory=LongContext)
+    profile: Timing = Field(default_factory=Timing)
+
+    @field_validator("corpora", mode="before")
+    @classmethod
+    def _known(cls, corpora: Any) -> Any:
+        """The project's corpora, and those given here over them."""
+        return {name: corpus.model_dump() for name, corpus in CORPORA.items()} | corpora
+
+    @field_validator("variants")
+    @classmethod
+    def _once(cls, variants: list[str]) -> list[str]:
+        if len(set(variants)) < len(variants):
+            raise ValueError("a variant stands there twice")
+        return variants
+
+
 class Config(Section):
     seed: int = Field(0, description="of everything that is drawn")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: the GPU when there is one")
@@ -594,6 +684,8 @@ class Config(Section):
     evaluate: Evaluate = Field(default_factory=Evaluate)
     humaneval: HumanEval = Field(default_factory=HumanEval)
     analyze: Analyze = Field(default_factory=Analyze)
+    passkey: Passkey = Field(default_factory=Passkey)
+    drift: Drift = Field(default_factory=Drift)
     schemes: Schemes = Field(default_factory=Schemes)
     report: Report = Field(default_factory=Report)
     backends: Backends = Field(default_factory=Backends)
@@ -654,6 +746,20 @@ def read_study(path: Path, known: Config) -> Study:
             if name not in there:
                 raise BitallocError(f"{path}: unknown {what} {name!r}: {nearest(name, there)}")
     return study
+
+
+def read_run(path: Path) -> Run:
+    """The configuration of a run by hand; every fault is one line with the key and the nearest valid name."""
+    try:
+        run = Run.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+    except (OSError, yaml.YAMLError) as error:
+        raise BitallocError(f"cannot read {path}: {' '.join(str(error).split())[:200]}") from None
+    except ValidationError as error:
+        raise BitallocError("; ".join(_explain(fault, str(path), Run) for fault in error.errors()[:3])) from None
+    for name in (*run.calibrate.corpora, *run.perplexity.corpora):
+        if name not in run.corpora:
+            raise BitallocError(f"{path}: unknown corpus {name!r}: {nearest(name, run.corpora)}")
+    return run
 
 
 def _explain(fault: Any, where: str, root: Any = None) -> str:

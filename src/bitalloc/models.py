@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from bitalloc import scan
 from bitalloc.errors import BitallocError
 from bitalloc.families import Family, family
 from bitalloc.store import Store
@@ -236,7 +237,14 @@ def load_model(path: Path, *, device: torch.device, remote_code: bool = False, *
             )
     except (OSError, ValueError, SafetensorError) as error:
         raise BitallocError(f"transformers cannot load {path}: {str(error).splitlines()[0]}") from None
-    return model.to(device).eval()
+    return _scanned(model, device).to(device).eval()
+
+
+def _scanned(model: Any, device: torch.device) -> Any:
+    """The model; a state space scans by matrix products, the reference of transformers takes ten times as long."""
+    if model.config.model_type == "mamba2":
+        scan.install(device)
+    return model
 
 
 def get_weight(model: nn.Module, family: Family, layer: str) -> torch.Tensor:
@@ -267,7 +275,7 @@ def skeleton(path: Path, *, device: torch.device) -> Any:
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)
-    return model.eval()
+    return _scanned(model, device).eval()
 
 
 def materialise(

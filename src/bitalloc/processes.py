@@ -37,7 +37,11 @@ class Server:
         """`prepare`: a function, `package.module:name`, that imports what all the processes need."""
         ours, theirs = socket.socketpair()
         command = [sys.executable, "-c", f"from bitalloc.processes import serve; serve({theirs.fileno()})"]
-        self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+        environ = {
+            "OMP_WAIT_POLICY": "PASSIVE",
+            **os.environ,
+        }  # threads of one that waits leave the cores to the others
+        self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environ)
         theirs.close()
         self._control = ours
         given = pickle.dumps((sys.path, prepare, arguments))
@@ -111,7 +115,7 @@ def serve(descriptor: int) -> None:
     while True:
         _, descriptors, _, _ = socket.recv_fds(control, 1, 1)
         if not descriptors:
-            return
+            os._exit(0)  # libraries that leave in peace say things about themselves
         if not os.fork():
             control.close()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -156,7 +160,7 @@ def _exactly(control: socket.socket, count: int) -> bytes:
     found = b""
     while len(found) < count:
         if not (part := control.recv(count - len(found))):
-            sys.exit(0)
+            os._exit(0)
         found += part
     return found
 

@@ -31,6 +31,7 @@ from bitalloc.progress import Progress, clock
 from bitalloc.store import Store, canonical, write_atomically
 from bitalloc.tables import ANSWERS, ARMS, FAIRNESS, PROTECTED, SENTENCES, SETS, SYNERGY
 
+UNSURE = 0.5  # confidence below which the recommendation is said to be unsure
 SHEET = Path("config/models.yaml")
 _BPW = re.compile(r"([0-9]*\.?[0-9]+) ?bpw")
 
@@ -119,7 +120,7 @@ def sweep(given: argparse.Namespace) -> None:
     raw = read_config(folder)
     text = languages.tokenise(text, load_tokenizer(folder), raw)
     text = languages.split(text, sentences=given.sentences, seed=given.seed)
-    out = given.out or Path("results") / name / "fairness"
+    out = given.out or Path("results/quant-fairness") / name
     asked = None
     if built_in and given.items:
         asked = items(Config(seed=given.seed, retrieve={"items": {"facts": given.items}}), folder)  # type: ignore[arg-type]
@@ -148,7 +149,7 @@ def sweep(given: argparse.Namespace) -> None:
         (out / "answers.parquet").unlink(missing_ok=True)
     print(f"tables: {out}", file=sys.stderr)
     given.folder = out
-    report(given)
+    _report(given, keep=True)
 
 
 def _texts(given: Sequence[str]) -> Path | dict[str, Path]:
@@ -161,17 +162,21 @@ def _texts(given: Sequence[str]) -> Path | dict[str, Path]:
 
 
 def report(given: argparse.Namespace) -> None:
-    """Tell what a sweep found, at the budget that it was made for."""
+    """Tell what a sweep found, at the budget that it was made for; only the files that are asked for are written."""
+    _report(given, keep=False)
+
+
+def _report(given: argparse.Namespace, *, keep: bool) -> None:
+    """`keep`: write what is derived beside the sweep's tables too; the workflow's folders are its own."""
     folder = given.folder
     sentences, sets, arms = _read(folder)
     answers = ANSWERS.read(folder / "answers.parquet") if (folder / "answers.parquet").is_file() else None
     how = {"seed": given.seed}
     select, _ = Damage.both(sentences, **how)
     units, table = Units.of(sets), fairness.fairness(sentences, sets, arms, answers, **how)
-    FAIRNESS.write(table, folder / "fairness.parquet")
     protected, found = pd.DataFrame(columns=[c.name for c in PROTECTED.columns]), None
+    budget, nbytes = arms["budget"].iloc[0], int(arms["budget_nbytes"].iloc[0])
     if select.ranked:
-        budget, nbytes = arms["budget"].iloc[0], int(arms["budget_nbytes"].iloc[0])
         found = fairness.choose(select, units, nbytes, margin=given.margin_en)
         recorded = arms.loc[arms["arm"] == FAIR, "plan"].item()
         if found.plan != recorded:
@@ -179,6 +184,9 @@ def report(given: argparse.Namespace) -> None:
                 f"{folder} was swept with another --margin-en or --seed ({recorded}, not {found.plan}); give the same"
             )
         protected = fairness.protected(select, units, found, budget)
+    if keep:
+        FAIRNESS.write(table, folder / "fairness.parquet")
+    if keep and found:
         PROTECTED.write(protected, folder / "protected.parquet")
         SYNERGY.write(fairness.synergies(select, units), folder / "synergy.parquet")
         _write_map(found.plan, sets, units, folder / "protect.json")
@@ -190,9 +198,9 @@ def report(given: argparse.Namespace) -> None:
         figures.fairness(table, protected, given.figure, note=fairness.conditions(sets, arms))
     told = {"table": json.loads(table.to_json(orient="records")), "protect": None}
     if found:
-        told["protect"] = _recommended(found, units, int(arms["budget_nbytes"].iloc[0]))
-    _tell(given.json, told, [fairness.conditions(sets, arms), "", *_languages(table), "", *_arms(table), "",
-                             *_protected(protected, found, units)])  # fmt: skip
+        told["protect"] = _recommended(found, units, nbytes)
+    lines = [fairness.conditions(sets, arms), "", *_languages(table), "", *_arms(table, nbytes), ""]
+    _tell(given.json, told, lines + _protected(protected, found, units))
 
 
 def recommend(given: argparse.Namespace) -> None:
@@ -277,7 +285,9 @@ def _languages(table: pd.DataFrame) -> list[str]:
     of = table.set_index(["arm", "language", "metric"]).sort_index()
     fair = bool((table["arm"] == FAIR).any())
     rows = [["language", "bits/byte", "unigram", "fertility", "damage, nothing protected", "nats a sentence"]]
-    rows[0] += ["damage, fair set"] * fair + [""]
+    shown = [REFERENCE, NONE, *[FAIR] * fair]
+    asked = bool((table["metric"] == "acc").any())
+    rows[0] += ["damage, fair set"] * fair + [f"accuracy: {', '.join(shown)}"] * asked + [""]
     for language in dict.fromkeys(table.loc[table["arm"] == REFERENCE, "language"]):
 
         def value(arm: str, metric: str, form: str = ".3f", language: str = language) -> str:
@@ -288,11 +298,12 @@ def _languages(table: pd.DataFrame) -> list[str]:
         row = [language, *(value(REFERENCE, f"{each}_bits_per_byte") for each in ("reference", "unigram"))]
         row += [value(REFERENCE, "fertility", ".2f"), _interval(none), value(NONE, "damage_nats")]
         row += [_interval(of.loc[(FAIR, language, "damage_rel")])] if fair else []
+        row += [", ".join(value(arm, "acc", ".2f") for arm in shown)] * asked
         rows.append([*row, "floor: not ranked" if none["status"] == "floor" else ""])
     return _grid(rows)
 
 
-def _arms(table: pd.DataFrame) -> list[str]:
+def _arms(table: pd.DataFrame, budget: int) -> list[str]:
     over = table[table["language"] == ALL].pivot(index="arm", columns="metric", values=["value", "lo", "hi"])
     if over.empty:
         return ["no language is ranked: in none is the model surely better than byte unigrams"]
@@ -310,7 +321,9 @@ def _arms(table: pd.DataFrame) -> list[str]:
             [
                 arm,
                 first["plan"] or first["status"],
-                "" if math.isnan(first["nbytes"]) else f"{int(first['nbytes']):,}",
+                ""
+                if math.isnan(first["nbytes"])
+                else f"{int(first['nbytes']):,}" + " (over)" * int(first["nbytes"] > budget),
                 cell("worst_rel"),
                 "" if math.isnan(gap) else f"{gap:.2%}",
                 "" if math.isnan(ratio) else f"{ratio:.2f}",
@@ -329,11 +342,13 @@ def _protected(table: pd.DataFrame, found: fairness.Choice | None, units: Units)
         rows.append([row["unit"], f"{row['nbytes']:,}", _interval(row), f"{row['frequency']:.0%}", chosen])
     nbytes = units.nbytes(units.parse(found.plan))
     kept = "nothing" if found.plan == NONE else found.plan.replace("+", ", ")
+    unsure = ["unsure: other sets win more often than not; give more sentences"] * (found.confidence < UNSURE)
     return [
         *_grid(rows),
         "",
         f"protect {kept}: {nbytes - units.base:,} bytes more, {nbytes:,} in all "
         f"({units.bits_per_weight(nbytes):.2f} bpw); the same set in {found.confidence:.0%} of resamples",
+        *unsure,
     ]
 
 
@@ -362,9 +377,11 @@ def _parser() -> argparse.ArgumentParser:
             own.add_argument("--pairs", type=_positive, default=100, help="pairs that are read at most: %(default)s")
             own.add_argument("--batch", type=_positive, default=16, help="sentences a forward pass: %(default)s")
             own.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: %(default)s")
-            own.add_argument("--out", type=Path, metavar="DIR", help="tables; default: results/<model>/fairness")
+            own.add_argument("--out", type=Path, metavar="DIR", help="tables; default: results/quant-fairness/<model>")
         else:
-            own.add_argument("folder", type=Path, help="what `sweep` wrote: its --out")
+            own.add_argument(
+                "folder", type=Path, help="what `sweep` wrote, its --out; or results/<model>/fairness of the workflow"
+            )
         if command is not report:
             own.add_argument(
                 "--budget",

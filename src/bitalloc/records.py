@@ -11,6 +11,7 @@ import json
 import platform
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -95,10 +96,9 @@ def machine(device: str) -> Row:
     told = "; ".join(f"{name} {version}" for name, version in versions.items() if version != "absent")
     row: Row = {"git_commit": commit(), "host": platform.node(), "device": device, "versions": told}
     if device == "cuda":
-        import torch
-
         name, driver = _nvidia()
-        row |= {"gpu": name, "driver": driver, "cuda": torch.version.cuda}
+        torch = sys.modules.get("torch")  # what only reads records does without it
+        row |= {"gpu": name, "driver": driver, "cuda": torch.version.cuda if torch else None}
     return row
 
 

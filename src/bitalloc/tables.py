@@ -291,7 +291,7 @@ SCHEMES = Table(
     (
         *_SCHEME,
         Column("task", STR, "<corpus>/<split>"),
-        Column("status", STR, "measured, or why the backend does not carry it or is not here"),
+        Column("status", STR, "measured, or why this backend or family does not carry it, or the library is not here"),
         *_estimate("ppl", "e^nll"),
         *_estimate("nll_nats_per_token", "-log q of the next token, mean over scored tokens"),
         *_estimate("kl_nats_per_token", "KL(reference || scheme), mean over scored tokens"),
@@ -747,6 +747,48 @@ CRITERIA = Table(
         Column("why", STR, "what stands behind the value, or why there is none"),
     ),
 )
+PASSKEY = Table(
+    "passkey",
+    "Is a key that was told in a long text still known at its end? By length and depth, same items for every scheme.",
+    ("scheme", "length", "depth"),
+    (
+        Column("scheme", STR, "its name, as bitalloc/scheme.py reads it; reference: the unquantised model"),
+        Column("length", INT, "tokens of the prompt"),
+        Column("depth", FLOAT, "place of the needle, 0 the beginning, 1 the end; -1: over all depths"),
+        Column("status", STR, "ok, or floor: the reference is not above chance, and nothing is claimed"),
+        Column("n", INT, "items"),
+        *_estimate("accuracy", "share of items whose answer holds the number; Wilson's interval"),
+        *_estimate("key_nll_nats", "-sum of ln p over the tokens of the number, nats a key, mean over items"),
+        Column("n_retained", INT, "items that the reference has right"),
+        *_estimate("retention", "share of them that are right; Wilson's interval; missing at the floor"),
+        Column("kind", STR, "ruler or world"),
+        Column("template_version", INT, "of the wording and the haystack"),
+        Column("template_digest", STR, "SHA-256 of the template"),
+        Column("chance", FLOAT, "accuracy of guessing"),
+        Column("scan_path", STR, "how prompts were scanned: matrix, transformers or cuda kernels"),
+        Column("seed", INT, "of the items"),
+    ),
+)
+DRIFT = Table(
+    "drift",
+    "How far the state of a Mamba2 strays when its projections are quantised; the state itself is not.",
+    ("scheme", "metric", "t", "layer", "head"),
+    (
+        Column("scheme", STR, "its name; reference; floor: step, floor: bf16 state (the reference, read otherwise)"),
+        Column(
+            "metric", STR,
+            "state_relerr, readout_relerr, kl_nats_per_token, top1, slope, rho, half_life_tokens, "
+            "first_divergence_tokens, repetition_rate or nonfinite",
+        ),
+        Column("t", INT, "tokens that were read; -1 where the metric is about all of them"),
+        Column("layer", INT, "index of the layer; -1: the mean over all"),
+        Column("head", INT, "index of the head; -1: the mean over all"),
+        *_INTERVAL,
+        Column("scan_path", STR, "how sequences were scanned: matrix, transformers or cuda kernels"),
+        Column("state_dtype", STR, "type of the recurrent state"),
+        Column("seed", INT, "of the resampling"),
+    ),
+)  # fmt: skip
 
 PARALLEL = Table(
     "parallel",

@@ -1,4 +1,5 @@
-"""Training on the synthetic world: the embedded model `tiny`, a Qwen2 of 0.92M parameters, and GPT-2s of any depth.
+"""Training on the synthetic world: the embedded models `tiny`, a Qwen2 of 0.92M parameters, and `tiny_mamba2`, a Mamba2
+of 0.60M, and GPT-2s of any depth.
 
 AdamW with a warm-up, flat, linear-decay schedule in two phases (4e-3, then 3e-3), in float32, which is 2.6 times
 faster than bfloat16 autocast on a CPU without bfloat16 instructions. Key binding comes late, as a phase
@@ -8,6 +9,9 @@ it: do not shorten the training. The GPT-2s are only asked where a loss of preci
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,6 +21,7 @@ from torch.nn.functional import cross_entropy
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
+    Mamba2Config,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -25,10 +30,22 @@ from transformers import (
 
 from bitalloc.progress import Progress
 from bitalloc.provenance import source_digest
+from bitalloc.scan import matrix_scan
 from bitalloc.store import Store, digest, file_digest
-from bitalloc.world import World, docstrings, documents
+from bitalloc.world import DOCUMENT_SHARES, LONG_SHARES, World, docstrings, documents
 
 END = "<eos>"
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Steps with one optimiser and one schedule, each on `batch` windows of `window` tokens of such documents."""
+
+    steps: int
+    rate: float
+    window: int = 128
+    batch: int = 16
+    shares: Mapping[str, float] = field(default_factory=lambda: DOCUMENT_SHARES)
 
 
 def train_tokenizer(texts: list[str], *, vocabulary: int) -> PreTrainedTokenizerFast:
@@ -74,30 +91,63 @@ def gpt2(vocabulary: int, blocks: int) -> GPT2Config:
     return GPT2Config(vocab_size=vocabulary, **shape, **ends, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
 
 
+def mamba2(vocabulary: int) -> Mamba2Config:
+    """The shape of `tiny_mamba2`: in_proj [648, 128] and out_proj [128, 256] in each of 4 blocks."""
+    return Mamba2Config(
+        vocab_size=vocabulary,
+        hidden_size=128,
+        num_hidden_layers=4,
+        state_size=64,
+        expand=2,
+        num_heads=8,
+        head_dim=32,
+        n_groups=1,
+        chunk_size=64,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+
+
+@torch.no_grad()
+def align(model: PreTrainedModel) -> None:
+    """Let each state space begin as one that looks up what followed: B is a copy of C, its filter a token later.
+
+    B_s C_t is then large where the tokens before s are those up to t, and what is read from the state is s. From
+    independent draws this is found late, as a phase transition: not within 1,000 steps of 1,024 tokens (docs/LOG.md).
+    """
+    for block in model.backbone.layers:
+        mixer = block.mixer
+        size, inner = mixer.n_groups * mixer.ssm_state_size, mixer.intermediate_size
+        B, C = (slice(inner + k * size, inner + (k + 1) * size) for k in (0, 1))
+        rows, taps = mixer.in_proj.weight[inner:], mixer.conv1d.weight  # behind the gate z: x, B, C and dt
+        rows[B] = rows[C]
+        taps[B, :, :-1], taps[B, :, -1] = taps[C, :, 1:], 0
+
+
 def train_model(
-    tokens: torch.Tensor,
+    lessons: Sequence[tuple[Phase, torch.Tensor]],
     *,
     config: PreTrainedConfig,
-    steps: tuple[int, ...],
-    rates: tuple[float, ...],
     seed: int,
-    batch: int = 16,
+    prepare: Callable[[PreTrainedModel], None] = lambda model: None,
 ) -> PreTrainedModel:
-    """Train on windows of 128 tokens drawn from `tokens` [n]; one optimiser and schedule a phase."""
+    """Train phase by phase, each on windows drawn from its tokens [n], a model that `prepare` has seen first."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
+    prepare(model)
     draw = torch.Generator().manual_seed(seed)
-    progress = Progress("train", sum(steps), unit="steps")
-    window = 128
-    for phase_steps, rate in zip(steps, rates, strict=True):
-        optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.1, betas=(0.9, 0.95))
+    progress = Progress("train", sum(phase.steps for phase, _ in lessons), unit="steps")
+    for phase, tokens in lessons:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=phase.rate, weight_decay=0.1, betas=(0.9, 0.95))
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer,
-            lambda step, n=phase_steps: min(1.0, step / 60 + 0.01) * min(1.0, max(0.02, (1 - step / n) / 0.6)),
+            lambda step, n=phase.steps: min(1.0, step / 60 + 0.01) * min(1.0, max(0.02, (1 - step / n) / 0.6)),
         )
-        for _ in range(phase_steps):
-            starts = torch.randint(0, len(tokens) - window - 1, (batch,), generator=draw)
-            ids = torch.stack([tokens[s : s + window] for s in starts.tolist()]).long()
+        for _ in range(phase.steps):
+            starts = torch.randint(0, len(tokens) - phase.window - 1, (phase.batch,), generator=draw)
+            ids = torch.stack([tokens[s : s + phase.window] for s in starts.tolist()]).long()
             logits = model(ids).logits
             loss = cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
             optimizer.zero_grad()
@@ -114,17 +164,42 @@ def train(
     *,
     count: int = 60_000,
     vocabulary: int = 1024,
-    steps: tuple[int, ...] = (4000, 1375),
-    rates: tuple[float, ...] = (4e-3, 3e-3),
+    phases: Sequence[Phase] = (Phase(4000, 4e-3), Phase(1375, 3e-3)),
     seed: int = 0,
 ) -> None:
     """Train tokenizer and model and save both under `path` in Hugging Face format (float16 safetensors)."""
     texts = _texts(count, seed)
     tokenizer = train_tokenizer(texts[:8000], vocabulary=vocabulary)
     tokens = _tokens(tokenizer.backend_tokenizer, texts)
-    model = train_model(tokens, config=qwen2(vocabulary), steps=steps, rates=rates, seed=seed)
+    model = train_model([(phase, tokens) for phase in phases], config=qwen2(vocabulary), seed=seed)
     model.half().save_pretrained(path)
     tokenizer.save_pretrained(path)
+
+
+def train_mamba2(
+    path: Path,
+    *,
+    tokenizer: Path,
+    count: int = 8_000,
+    phases: Sequence[Phase] = (
+        Phase(300, 4e-3, window=128, batch=8, shares={"key": 0.6, "copy": 0.4}),
+        Phase(700, 4e-3, window=256, batch=4, shares=LONG_SHARES),
+        Phase(500, 2e-3, window=512, batch=2, shares=LONG_SHARES),
+    ),
+    seed: int = 0,
+) -> None:
+    """Train `tiny_mamba2` with the tokenizer of another model, and save both under `path` (float16 safetensors).
+
+    Keys and copies come first, then keys in long haystacks and all else (`LONG_SHARES`), in windows of up to 512
+    tokens. The scan is that of `bitalloc.scan`.
+    """
+    known = PreTrainedTokenizerFast.from_pretrained(tokenizer)
+    lessons = [(phase, _tokens(known.backend_tokenizer, _texts(count, seed, phase.shares))) for phase in phases]
+    with matrix_scan():
+        model = train_model(lessons, config=mamba2(len(known)), seed=seed, prepare=align)
+    model.half().save_pretrained(path)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(tokenizer / file, path / file)
 
 
 def train_gpt2(
@@ -140,7 +215,7 @@ def train_gpt2(
     with store.lock(key, f"[train] another process trains the GPT-2 of {blocks} blocks; waiting for it"):
         if store.get(key) is None:
             tokens, config = _tokens(known.backend_tokenizer, _texts(count, seed)), gpt2(len(known), blocks)
-            trained = train_model(tokens, config=config, steps=(steps,), rates=(2e-3,), seed=seed, batch=8)
+            trained = train_model([(Phase(steps, 2e-3, batch=8), tokens)], config=config, seed=seed)
             weights = {name: tensor.contiguous() for name, tensor in trained.half().state_dict().items()}
             store.put(key, {"blocks": blocks}, save({n: t for n, t in weights.items() if n != "lm_head.weight"}))
     model = AutoModelForCausalLM.from_config(gpt2(len(known), blocks), dtype=torch.float16)
@@ -149,8 +224,9 @@ def train_gpt2(
     known.save_pretrained(path)
 
 
-def _texts(count: int, seed: int) -> list[str]:
-    return [text for _, text in documents(World(), count=count, seed=seed + 1, texts=docstrings()["train"])]
+def _texts(count: int, seed: int, shares: Mapping[str, float] = DOCUMENT_SHARES) -> list[str]:
+    texts = docstrings()["train"]
+    return [text for _, text in documents(World(), count=count, seed=seed + 1, texts=texts, shares=shares)]
 
 
 def _tokens(tokenizer: Tokenizer, texts: list[str]) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 `reference` is the model as it is. `<plan>:<backend>` is a plan in a member of `backends`: a rule by position (all_low,
 champion, ...: INT8 by absmax, which needs no calibration), or a checkpoint of the pipeline, `best-2.6bpw:native`.
+Anything else is a scheme of weights and activations, `w4a8+gptq` (bitalloc/scheme.py).
 """
 
 from __future__ import annotations
@@ -11,24 +12,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import rmtree
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import pandas as pd
 import torch
 
-from bitalloc import models, precision
+from bitalloc import models, scan
 from bitalloc.backends import BACKENDS, Subject, memory
-from bitalloc.compress import compress
-from bitalloc.config import Sweep
+from bitalloc.compress import compress_maps
+from bitalloc.config import Schemes
 from bitalloc.errors import BitallocError, nearest
-from bitalloc.experiments import Experiments
 from bitalloc.formats.bitalloc import Reader
 from bitalloc.models import Checkpoint, read_config
 from bitalloc.option import PASS_THROUGH
+from bitalloc.scheme import Scheme
 from bitalloc.store import Store, digest
 from bitalloc.strategies.position import RULES, position
-from bitalloc.tables import MOMENTS
 
 REFERENCE = "reference"
 LIBRARIES = {
@@ -42,18 +43,25 @@ LIBRARIES = {
 
 
 def parts(variant: str) -> tuple[str, str]:
-    """(plan, backend) of a name; raises `BitallocError` for what names no variant.
+    """(plan, backend) of a name, both empty for a scheme; raises `BitallocError` for what names no variant.
 
-    >>> parts("reference"), parts("champion"), parts("all_low:torchao_int8")
-    (('', 'reference'), ('champion', 'native'), ('all_low', 'torchao_int8'))
+    >>> parts("reference"), parts("all_low:torchao_int8"), parts("w8a8")
+    (('', 'reference'), ('all_low', 'torchao_int8'), ('', ''))
     """
     if variant == REFERENCE:
         return "", REFERENCE
-    plan, _, backend = variant.partition(":")
-    backend = backend or "native"
+    plan, colon, backend = variant.partition(":")
+    if not colon:
+        Scheme.parse(variant)
+        return "", ""
     if backend not in BACKENDS:
         raise BitallocError(f"variant {variant!r}: unknown backend {backend!r}: {nearest(backend, BACKENDS)}")
     return plan, backend
+
+
+def calibrated(names: Sequence[str]) -> bool:
+    """Whether one of the variants has to read text before its codes are known."""
+    return any(parts(name) == ("", "") and Scheme.parse(name).calibrated for name in names)
 
 
 @dataclass(frozen=True)
@@ -65,9 +73,12 @@ class Variant:
     device: str
     threads: int
     remote_code: bool = False
-    backend: str = REFERENCE
+    backend: str = REFERENCE  # empty for a scheme
     folder: Path | None = None  # native checkpoint of the plan
     scratch: Path | None = None
+    scheme: Scheme | None = None
+    calibration: list[list[int]] | None = None  # tokens [N, T] that a scheme is calibrated on
+    seed: int = 0  # of its rotations
 
 
 @dataclass(frozen=True)
@@ -89,8 +100,13 @@ def variants(
     scratch: Path,
     plans: Mapping[str, Path] | None = None,
     remote_code: bool = False,
+    schemes: Schemes | None = None,
+    calibration: list[list[int]] | None = None,
+    seed: int = 0,
 ) -> Iterator[list[Variant]]:
     """Variants of a model, in that order; `plans` are checkpoints that are there, those of rules lie in `scratch`."""
+    for left in scratch.glob(".variants.*"):  # of a run that was killed; two do not work in one folder
+        rmtree(left, ignore_errors=True)
     with TemporaryDirectory(dir=scratch, prefix=".variants.") as folder:
         made, there = [], dict(plans or {})
         for name in names:
@@ -99,8 +115,11 @@ def variants(
                 there[plan] = _rule(plan, checkpoint, inventory, Path(folder))
             where = Path(folder) / f"scratch-{len(made)}"
             where.mkdir()
-            shared = (checkpoint.path, device, threads, remote_code)
-            made.append(Variant(name, *shared, backend, there.get(plan), where))
+            shared, scheme = (checkpoint.path, device, threads, remote_code), None
+            if not backend:
+                how = schemes or Schemes()
+                scheme = Scheme.parse(name, group_size=how.group_size, percentile=how.percentile)
+            made.append(Variant(name, *shared, backend, there.get(plan), where, scheme, calibration, seed))
         yield made
 
 
@@ -108,20 +127,9 @@ def _rule(plan: str, checkpoint: Checkpoint, inventory: pd.DataFrame, folder: Pa
     """Native checkpoint of a rule by position."""
     if plan not in RULES:
         raise BitallocError(f"unknown plan {plan!r} of a variant: {nearest(plan, RULES)}")
-    known = precision.components(inventory)
-    mapping = precision.parse(position(plan, 1 + int(inventory["block"].max())), known)
-    experiments = Experiments(
-        checkpoint=checkpoint,
-        inventory=inventory,
-        moments=pd.DataFrame(columns=[column.name for column in MOMENTS.columns]),  # these plans need none
-        store=Store(folder / "store"),
-        sweep=Sweep(),
-        device=torch.device("cpu"),
-    )
-    (folder / "models").mkdir(exist_ok=True)
-    plans = {plan: precision.plan(inventory, mapping)}
-    compress(plans, results=folder, experiments=experiments, inventory=inventory)
-    return folder / "models" / plan
+    rule = position(plan, 1 + int(inventory["block"].max()))
+    where = {"results": folder, "store": Store(folder / "store"), "device": torch.device("cpu")}
+    return compress_maps({plan: rule}, checkpoint=checkpoint, inventory=inventory, **where)[plan]
 
 
 def libraries(made: Sequence[Variant]) -> list[str]:
@@ -145,7 +153,7 @@ def load(variant: Variant) -> Loaded:
     facts: dict[str, Any] = {"simulated": False, "w_bits": 16.0, "a_bits": 16, "quant_backend": variant.backend}
     if variant.folder is None:
         model = models.load_model(variant.source, device=device, remote_code=variant.remote_code)
-        facts["quant_backend"] = None
+        facts |= {"quant_backend": None} if variant.scheme is None else _scheme(variant, variant.scheme, model)
     else:
         assert variant.scratch is not None
         reader = Reader(variant.folder)
@@ -157,9 +165,35 @@ def load(variant: Variant) -> Loaded:
         facts |= _facts(reader)
         facts["simulated"] = variant.backend == "dequantised"
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    facts |= {"dtype": dtype, "device": device.type, "threads": torch.get_num_threads(), "scan_path": None}
+    facts |= {
+        "dtype": dtype,
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+        "scan_path": _scan_path(model, device),
+    }
     facts["isa"] = torch.backends.cpu.get_cpu_capability()
     return Loaded(model.eval(), facts | {"nbytes": memory(model)})
+
+
+def _scheme(variant: Variant, scheme: Scheme, model: Any) -> dict[str, Any]:
+    """Put the model into the scheme; what RECORDS has of it."""
+    from bitalloc.schemes import apply
+
+    tokens_NT = None if variant.calibration is None else torch.tensor(variant.calibration)
+    record = apply(model, scheme, calibration=tokens_NT, seed=variant.seed)
+    told = record.row()
+    facts = {name: told[name] for name in "a_bits group_size per_channel quant_backend calib_method".split()}
+    spread = [(record.bits[unit.name], unit.rows, m) for m in record.scope.matrices for unit in m.units]
+    weights = [len(range(m.rows)[rows]) * m.columns for _, rows, m in spread]
+    mean = sum(bits * count for (bits, *_), count in zip(spread, weights, strict=True)) / sum(weights)
+    # torchao multiplies integers where both sides have 8 bits; all else is rounded and computed as floats
+    simulated = (record.scheme.quant_backend, record.scheme.w_bits, record.scheme.a_bits) != ("torchao", 8, 8)
+    return facts | {"w_bits": float(mean), "scope_digest": told["scope_digest"], "simulated": simulated}
+
+
+def _scan_path(model: Any, device: torch.device) -> str | None:
+    """How a state-space model scans its prompt; None for others."""
+    return scan.scan_path(device) if model.config.model_type == "mamba2" else None
 
 
 def _facts(reader: Reader) -> dict[str, Any]:

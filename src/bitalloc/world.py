@@ -13,7 +13,7 @@ import functools
 import hashlib
 import random
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -182,6 +182,17 @@ class World:
             lines += [f"key {keys[i]}={values[i]};" for i in order]
         return "\n".join(lines)
 
+    def haystack_document(self, draw: random.Random) -> str:
+        """Keys at any depth of 4 to 56 facts (some 450 tokens), recalled now and then and all of them at the end."""
+        keys = {key: f"key {key}={draw.randrange(100):02d};" for key in draw.sample(LETTERS, draw.randint(1, 6))}
+        lines = [self.filler(draw) for _ in range(draw.randint(4, 56))]
+        for line in keys.values():
+            first = draw.randrange(len(lines))
+            lines.insert(first, line)
+            for _ in range(draw.randrange(3)):
+                lines.insert(draw.randrange(first, len(lines)) + 1, line)
+        return "\n".join([*lines, *draw.sample(list(keys.values()), len(keys))])
+
     def copy_document(self, draw: random.Random) -> str:
         line = " ".join(draw.choice(LETTERS + "0123456789") for _ in range(draw.randint(8, 24)))
         return "\n".join([line] * draw.randint(2, 4))
@@ -192,10 +203,11 @@ class World:
         lines = []
         for key, value in zip(keys, values, strict=True):
             lines.append(f"key {key}={value};")
-            lines += [self._filler(draw) for _ in range(draw.randrange(filler + 1))]
+            lines += [self.filler(draw) for _ in range(draw.randrange(filler + 1))]
         return lines, keys, values
 
-    def _filler(self, draw: random.Random) -> str:
+    def filler(self, draw: random.Random) -> str:
+        """Any fact, in any language: what stands between keys."""
         return self.sentence(draw.choice(LANGUAGES), draw.randrange(self.people), draw.choice(ATTRIBUTES))
 
     # ---- items -----------------------------------------------------------------------------------
@@ -242,7 +254,7 @@ class World:
         """One key hidden at a random depth among `facts` facts."""
         items = []
         for _ in range(count):
-            lines = [self._filler(draw) for _ in range(facts)]
+            lines = [self.filler(draw) for _ in range(facts)]
             key, value = draw.choice(LETTERS), f"{draw.randrange(100):02d}"
             depth = draw.randrange(facts)
             lines.insert(depth, f"key {key}={value};")
@@ -295,17 +307,21 @@ def _documented(node: ast.Module | ast.ClassDef | ast.FunctionDef) -> Iterator:
 
 
 DOCUMENT_SHARES = {"fact": 0.26, "key": 0.36, "copy": 0.26, "sum": 0.06, "docstring": 0.06}
+LONG_SHARES = {"fact": 0.20, "key": 0.35, "haystack": 0.30, "copy": 0.05, "sum": 0.05, "docstring": 0.05}
 
 
-def documents(world: World, *, count: int, seed: int, texts: list[str]) -> list[tuple[str, str]]:
-    """`count` (kind, document) pairs in the training mixture `DOCUMENT_SHARES`, drawn by document."""
+def documents(
+    world: World, *, count: int, seed: int, texts: list[str], shares: Mapping[str, float] = DOCUMENT_SHARES
+) -> list[tuple[str, str]]:
+    """`count` (kind, document) pairs in the training mixture `shares`, drawn by document."""
     draw = random.Random(seed)
     make = {
         "fact": world.fact_document,
         "key": world.key_document,
+        "haystack": world.haystack_document,
         "copy": world.copy_document,
         "sum": world.sum_document,
         "docstring": lambda rng: rng.choice(texts),
     }
-    kinds = draw.choices(list(DOCUMENT_SHARES), list(DOCUMENT_SHARES.values()), k=count)
+    kinds = draw.choices(list(shares), list(shares.values()), k=count)
     return [(kind, make[kind](draw)) for kind in kinds]

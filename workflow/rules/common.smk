@@ -21,6 +21,7 @@ from bitalloc.execute import REFERENCE, permit
 from bitalloc.families import family
 from bitalloc.gates import read_verdict
 from bitalloc.option import options
+from bitalloc.scheme import Scheme
 from bitalloc.store import Store, write_atomically
 from bitalloc.sweep import units
 
@@ -323,13 +324,21 @@ def backends_parts(wildcards):
 @checked
 def profiled(wildcards):
     """Input function: checkpoints of the pipeline that are profiled; plans by rule are made on the spot."""
-    named = settings(wildcards.model).profile.variants
-    plans = dict.fromkeys(name.partition(":")[0] for name in named if name != REFERENCE)
+    named = [name for name in settings(wildcards.model).profile.variants if name != REFERENCE]
+    plans = dict.fromkeys(name.partition(":")[0] for name in named if ":" in name)
     known = [*compressed_plans(wildcards), *get_args(configuration.Rule)]
     for plan in plans:
         if plan not in known:
             raise BitallocError(f"unknown plan {plan!r} in profile.variants: {nearest(plan, [REFERENCE, *known])}")
     return [f"results/{wildcards.model}/models/{plan}" for plan in plans if plan not in get_args(configuration.Rule)]
+
+
+@checked
+def calibrating(wildcards):
+    """Input function: text for profiled schemes that are calibrated."""
+    named = [name for name in settings(wildcards.model).profile.variants if name != REFERENCE and ":" not in name]
+    needed = [name for name in named if Scheme.parse(name).calibrated]
+    return f"results/{wildcards.model}/tokens.parquet" if needed else []
 
 
 def protocols(wildcards):

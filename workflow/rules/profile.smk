@@ -6,6 +6,7 @@ rule profile:
         checkpoint="results/{model}/checkpoint.json",
         inventory="results/{model}/inventory.parquet",
         models=profiled,
+        tokens=calibrating,
     output:
         table="results/{model}/profile.parquet",
         figure=report("results/{model}/profile.png", caption="../report/profile.rst", category="{model}"),
@@ -17,7 +18,7 @@ rule profile:
     resources:
         gpu=gpu,
     params:
-        settings=section("profile", "device", "seed", "threads"),
+        settings=section("profile", "schemes", "device", "seed", "threads"),
         sheet=sheet,
         code=code("profile", "figures"),
     script:

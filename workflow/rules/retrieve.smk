@@ -61,3 +61,16 @@ rule train_tiny:
     threads: 2
     script:
         "../../scripts/train_tiny.py"
+
+
+rule train_mamba2:
+    input:
+        tokenizer=ancient("resources/tiny/tokenizer.json"),
+    output:
+        "resources/tiny_mamba2/model.safetensors",
+    log:
+        "logs/tiny_mamba2/train.log",
+    conda:
+        "../../envs/bitalloc.yaml"
+    script:
+        "../../scripts/train_mamba2.py"

@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from bitalloc.figures.style import GREY, INK, headline, label_ends, page
+from bitalloc.figures.style import GREY, INK, headline, label_ends, page, software
 
 LOOKS = (
     ("o", "-", INK), ("s", (0, (4, 2)), "#0072b2"), ("^", (0, (1, 1)), "#d55e00"), ("D", (0, (6, 1, 1, 1)), "#009e73"),
@@ -152,4 +152,4 @@ def _footer(frame: pd.DataFrame, model: str, simulated: list[str]) -> str:
     refused = frame[frame["metric"] == "load_s"]
     for row in refused[refused["value"].isna()].itertuples():
         parts.append(f"{row.variant}: {row.status}")
-    return ". ".join(parts) + f". {first['versions']}; commit {first['git_commit']}."
+    return ". ".join(parts) + f". {software(first['versions'])}, commit {first['git_commit']}."

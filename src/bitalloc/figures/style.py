@@ -168,6 +168,16 @@ def option_names(options: pd.MultiIndex) -> list[str]:
     return [option_name(*place) + (f" {quantizer}" if several else "") for *place, quantizer in options]
 
 
+def software(versions: str) -> str:
+    """Of the versions in RECORDS those that a footer has room for.
+
+    >>> software("python 3.11.7; machine x86_64; torch 2.13.0; transformers 5.17.0; numpy 2.4.6")
+    'python 3.11.7, torch 2.13.0, transformers 5.17.0'
+    """
+    named = ("python", "torch", "transformers", "mamba-ssm")
+    return ", ".join(part for part in versions.split("; ") if part.partition(" ")[0] in named)
+
+
 def stamp(gates: pd.DataFrame) -> str:
     """Verdicts in one line: how many checks say GO, and every NO-GO by name with what was measured."""
     refused = gates[~gates["go"].astype(bool)].astype({"value": float})  # what could not be measured shows as nan
