@@ -33,6 +33,7 @@ from bitalloc.option import Option
 from bitalloc.progress import Progress
 from bitalloc.provenance import source_digest
 from bitalloc.quant.absmax import absmax
+from bitalloc.statistics import MIN_CLUSTERS
 from bitalloc.store import Store
 from bitalloc.strategies import Instance
 from bitalloc.strategies.optimal import solve
@@ -41,7 +42,7 @@ from bitalloc.suites.scoring import Memory, Scored, windows_place
 from bitalloc.tables import SENTENCES
 from bitalloc.world import ATTRIBUTES, LANGUAGES, World
 
-LEAST = 16  # aligned groups of sentences: fewer on a side give no interval worth the name
+LEAST = 2 * MIN_CLUSTERS  # aligned groups of sentences: fewer on a side are no sample
 WINDOW = 512  # tokens of a language: as many as a context, or these
 UNKNOWN = 0.01  # share of characters that a tokenizer may lose
 HIGH, LOW = {3: "int3", 4: "int4", 8: "int8", 16: "fp16"}, {2: "int2", 3: "int3", 4: "int4", 8: "int8"}
