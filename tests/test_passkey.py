@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 
 from bitalloc import config, passkey
 from bitalloc.errors import BitallocError
+from bitalloc.models import load_model
 from bitalloc.store import Store
 from bitalloc.tables import PASSKEY
 from tests import random_models
@@ -97,3 +98,12 @@ def test_what_loses_nothing_retains_all_and_a_floor_bears_no_claim(tmp_path: Pat
     assert made == list(models)
     again = passkey.passkey(models, TOKENIZER, settings, identities={name: name for name in models}, **where)
     assert again.equals(frame) and made == list(models)  # from the store, no model is made
+
+
+def test_the_embedded_state_space_knows_keys_well_within_its_trained_length():
+    model = load_model(Path("resources/tiny_mamba2"), device=CPU)
+    template = passkey.TEMPLATES["world"]
+    settings = config.Passkey(kind="world", lengths=[256], depths=8, items=1)
+    asked = passkey.items(TOKENIZER, settings, bos=0, seed=1)
+    found = passkey.answers(model, asked, TOKENIZER, template, batch=8, device=CPU)
+    assert found["right"].mean() >= 0.75  # chance: 0.01
