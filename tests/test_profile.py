@@ -23,6 +23,7 @@ from bitalloc.profile import Generation, Wall, generate, profile, rounds
 from bitalloc.records import OK, frame
 from bitalloc.tables import INVENTORY, RECORDS
 from bitalloc.variants import Variant
+from tests.random_models import save
 from tests.small import OPTIONS, Small, small
 
 FILES = {"checkpoint": "checkpoint.json", "inventory": "inventory.parquet"}
@@ -195,6 +196,18 @@ def test_the_page_leaves_out_what_was_only_simulated(measured: pd.DataFrame, tmp
     assert (tmp_path / "profile.png").read_bytes() == first
     said = figures.profile.__globals__["message"](measured)
     assert "plan:native" in said and "dequantised" not in said
+
+
+def test_a_state_space_model_goes_on_from_its_state_and_says_how_it_scans(tmp_path: Path) -> None:
+    save("mamba2", tmp_path)
+    holder = module.Holder(Variant("reference", tmp_path, "cpu", 1), 0)
+    facts, _ = holder.facts()
+    assert facts["scan_path"] == "matrix"
+    model, tokens_BT = holder._loaded.model, holder._prompts(2, 9)
+    token_B1, cache = module.prefill(model, tokens_BT)
+    with torch.inference_mode():
+        whole = model(torch.cat([tokens_BT, token_B1], 1)).logits[:, -1:].argmax(-1)
+    assert torch.equal(module._step(model, token_B1, cache)[0], whole)
 
 
 # ---- memory that is not there

@@ -67,7 +67,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(run.profiling, "Server", lambda *_: Here())
         monkeypatch.setattr(run.profiling.gc, "collect", lambda: 0)  # of all that tests have imported
-        for name in ("eval_ppl", "profile_model"):
+        for name in ("eval_ppl", "eval_long_context", "profile_model"):
             given = ("--config", asked(home), "--runs", home / "runs")
             assert script(name, *given, monkeypatch=monkeypatch) == 0
     (found,) = (home / "runs").iterdir()
@@ -76,7 +76,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_all_stages_of_one_file_are_one_run(folder: Path) -> None:
     rows = read_jsonl(folder / "metrics.jsonl")
-    assert {row["stage"] for row in rows} == {"perplexity", "profile"}
+    assert {row["stage"] for row in rows} == {"perplexity", "long_context", "profile"}
     assert {row["run_id"] for row in rows} == {folder.name} and folder.name.startswith("tiny-")
     assert {row["variant"] for row in rows} == {"reference", "w4a8+rtn"}
     scheme = [row for row in rows if row["variant"] == "w4a8+rtn"]
@@ -88,6 +88,9 @@ def test_all_stages_of_one_file_are_one_run(folder: Path) -> None:
     assert next(row for row in rows if row["metric"] == "n_tokens")["value"] == 4 * 32
     resolved = yaml.safe_load((folder / "config_resolved.yaml").read_text())
     assert resolved["perplexity"]["split"] == "report" and len(resolved["model_digest"]) == 64
+    keys = [row for row in rows if row["stage"] == "long_context"]
+    assert all(row["template_hash"] and row["template_version"] for row in keys)
+    assert {row["depth"] for row in keys} == {None, 0.0, 1.0} and {row["prompt_length"] for row in keys} == {48}
 
 
 def test_a_second_run_gives_the_same_but_for_times(folder: Path, tmp_path: Path) -> None:
@@ -103,15 +106,17 @@ def test_a_second_run_gives_the_same_but_for_times(folder: Path, tmp_path: Path)
 
 def test_what_is_there_is_not_measured_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = (folder / "metrics.jsonl").read_bytes()
+    (folder / ".variants.killed/models").mkdir(parents=True)
 
     def never(*_: object) -> None:
         raise AssertionError("it was measured again")
 
     monkeypatch.setattr(run, "load", never)
     monkeypatch.setattr(run.profiling, "profile", never)
-    for name in (run.perplexity, run.profile):
+    for name in (run.perplexity, run.long_context, run.profile):
         run.measure(name, config.read_run(folder.parents[1] / "run.yaml"), folder.parent)
     assert (folder / "metrics.jsonl").read_bytes() == before
+    assert not list(folder.glob(".variants.*")) and not (folder / ".lock").exists()
 
 
 def test_another_configuration_does_not_get_into_a_run(
@@ -128,7 +133,7 @@ def test_plots_need_records_alone(folder: Path, tmp_path: Path, monkeypatch: pyt
     copy.mkdir()
     (copy / "metrics.jsonl").write_bytes((folder / "metrics.jsonl").read_bytes())
     assert script("make_plots", "--run-dir", copy, monkeypatch=monkeypatch) == 0
-    assert sorted(path.stem for path in (copy / "plots").glob("*.png")) == ["perplexity", "profile"]
+    assert sorted(path.stem for path in (copy / "plots").glob("*.png")) == ["long_context", "perplexity", "profile"]
 
 
 def test_a_variant_that_cannot_run_here_is_a_row_that_says_so(tmp_path: Path) -> None:

@@ -614,7 +614,9 @@ class Perplexity(Section):
 
 class LongContext(Section):
     kind: Literal["ruler", "world"] = Field("ruler", description="world: facts, for models trained on them")
-    lengths: list[Positive] = Field([256, 512, 1024, 2048, 4096, 8192], min_length=1, description="tokens of a prompt")
+    lengths: list[Annotated[int, Field(ge=32)]] = Field(
+        [256, 512, 1024, 2048, 4096, 8192], min_length=1, description="tokens of a prompt"
+    )
     depths: Positive = Field(10, description="places of the key, evenly from the beginning to the end")
     items: Positive = Field(5, description="items of a length and depth, the same for every variant")
     batch: Positive = Field(16, description="prompts of the shortest length a forward pass, fewer of longer ones")

@@ -20,7 +20,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from bitalloc import config, records, retrieve
+from bitalloc import config, passkey, records, retrieve
 from bitalloc import profile as profiling
 from bitalloc.config import Model, Run
 from bitalloc.corpus import UnavailableError, hub, load_tokenizer
@@ -167,8 +167,6 @@ def long_context(subject: Subject, made: list[Variant], run: records.Run) -> Row
     """Passkeys at lengths x depths, the same items for every variant; retention is over the reference."""
     if all(run.has("long_context", variant.name) for variant in made):
         return
-    from bitalloc import passkey
-
     asked, tokenizer = subject.run.long_context, load_tokenizer(subject.path)
     settings = config.Passkey(**asked.model_dump(), schemes=[])
     everyone = made if REFERENCE in [v.name for v in made] else [_reference(made[0]), *made]

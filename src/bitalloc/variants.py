@@ -12,25 +12,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import rmtree
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import pandas as pd
 import torch
 
-from bitalloc import models, precision
+from bitalloc import models, scan
 from bitalloc.backends import BACKENDS, Subject, memory
-from bitalloc.compress import compress
-from bitalloc.config import Schemes, Sweep
+from bitalloc.compress import compress_maps
+from bitalloc.config import Schemes
 from bitalloc.errors import BitallocError, nearest
-from bitalloc.experiments import Experiments
 from bitalloc.formats.bitalloc import Reader
 from bitalloc.models import Checkpoint, read_config
 from bitalloc.option import PASS_THROUGH
 from bitalloc.scheme import Scheme
 from bitalloc.store import Store, digest
 from bitalloc.strategies.position import RULES, position
-from bitalloc.tables import MOMENTS
 
 REFERENCE = "reference"
 LIBRARIES = {
@@ -106,6 +105,8 @@ def variants(
     seed: int = 0,
 ) -> Iterator[list[Variant]]:
     """Variants of a model, in that order; `plans` are checkpoints that are there, those of rules lie in `scratch`."""
+    for left in scratch.glob(".variants.*"):  # of a run that was killed; two do not work in one folder
+        rmtree(left, ignore_errors=True)
     with TemporaryDirectory(dir=scratch, prefix=".variants.") as folder:
         made, there = [], dict(plans or {})
         for name in names:
@@ -126,20 +127,9 @@ def _rule(plan: str, checkpoint: Checkpoint, inventory: pd.DataFrame, folder: Pa
     """Native checkpoint of a rule by position."""
     if plan not in RULES:
         raise BitallocError(f"unknown plan {plan!r} of a variant: {nearest(plan, RULES)}")
-    known = precision.components(inventory)
-    mapping = precision.parse(position(plan, 1 + int(inventory["block"].max())), known)
-    experiments = Experiments(
-        checkpoint=checkpoint,
-        inventory=inventory,
-        moments=pd.DataFrame(columns=[column.name for column in MOMENTS.columns]),  # these plans need none
-        store=Store(folder / "store"),
-        sweep=Sweep(),
-        device=torch.device("cpu"),
-    )
-    (folder / "models").mkdir(exist_ok=True)
-    plans = {plan: precision.plan(inventory, mapping)}
-    compress(plans, results=folder, experiments=experiments, inventory=inventory)
-    return folder / "models" / plan
+    rule = position(plan, 1 + int(inventory["block"].max()))
+    where = {"results": folder, "store": Store(folder / "store"), "device": torch.device("cpu")}
+    return compress_maps({plan: rule}, checkpoint=checkpoint, inventory=inventory, **where)[plan]
 
 
 def libraries(made: Sequence[Variant]) -> list[str]:
@@ -203,11 +193,7 @@ def _scheme(variant: Variant, scheme: Scheme, model: Any) -> dict[str, Any]:
 
 def _scan_path(model: Any, device: torch.device) -> str | None:
     """How a state-space model scans its prompt; None for others."""
-    if model.config.model_type != "mamba2":
-        return None
-    from bitalloc import scan
-
-    return scan.scan_path(device)
+    return scan.scan_path(device) if model.config.model_type == "mamba2" else None
 
 
 def _facts(reader: Reader) -> dict[str, Any]:
