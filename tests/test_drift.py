@@ -99,6 +99,11 @@ def test_half_lives_are_those_of_a_constant_step():
     assert np.allclose(drift.half_lives(model, IDS, batch=2), expected, rtol=1e-5)
 
 
+def test_a_model_without_a_state_is_refused(tmp_path):
+    with pytest.raises(BitallocError, match="a llama has none"):
+        frame({"reference": lambda: random_models.build("llama")}, store=Store(tmp_path))
+
+
 def test_too_little_text_is_refused():
     windows = pd.DataFrame({"split": "report", "corpus": "world", "tokens": [list(range(30))] * 3})
     with pytest.raises(BitallocError, match="fewer than two such sequences"):

@@ -46,6 +46,15 @@ def test_the_digest_of_a_template_is_of_every_part_of_it():
     assert {kind: (t.version, t.digest[:8]) for kind, t in passkey.TEMPLATES.items()} == DIGESTS
 
 
+def test_lengths_beyond_the_context_are_left_out(capsys):
+    settings = config.Passkey(kind="world", lengths=[64, 1024])
+    assert passkey.fitting(settings, None) == settings
+    assert passkey.fitting(settings, 1024).lengths == [64]
+    assert "no prompts of [1024]" in capsys.readouterr().err
+    with pytest.raises(BitallocError, match="ask for shorter prompts"):
+        passkey.fitting(settings, 64)
+
+
 def test_a_length_without_room_for_a_haystack_is_refused():
     with pytest.raises(BitallocError, match="hold no haystack"):
         passkey.items(TOKENIZER, config.Passkey(kind="ruler", lengths=[32], depths=1, items=1), bos=0, seed=0)

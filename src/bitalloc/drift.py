@@ -42,7 +42,7 @@ from bitalloc import config
 from bitalloc.errors import BitallocError
 from bitalloc.progress import Progress
 from bitalloc.reader import Reader, greedy
-from bitalloc.scan import scan_path
+from bitalloc.scan import scan_path_of
 from bitalloc.statistics import mean_interval, resample, spearman
 from bitalloc.store import Store, digest
 from bitalloc.tables import DRIFT
@@ -252,12 +252,18 @@ def drift(
 
     @cache
     def reference() -> Any:
-        return models[REFERENCE]()
+        model = models[REFERENCE]()
+        if (kind := model.config.model_type) != "mamba2":
+            raise BitallocError(
+                f"drift is that of the state of a Mamba2, and a {kind} has none; ask for passkey.parquet"
+            )
+        return model
 
     def of_reference() -> dict[str, np.ndarray]:
         tokens_NT, broken_N = running(reference(), ids_NT, settings)
         half_LH = half_lives(reference(), ids_NT, batch=settings.batch)
-        return {"half_life": half_LH, "tokens": tokens_NT, "broken": broken_N}
+        path = scan_path_of(reference(), device)
+        return {"half_life": half_LH, "tokens": tokens_NT, "broken": broken_N, "scan_path": path}
 
     def of_other(name: str) -> dict[str, np.ndarray]:
         floor = name in (STEP, BF16)
@@ -281,7 +287,7 @@ def drift(
         rows += _strayed_rows(name, found, at, base["half_life"], counts_RN)
         if "tokens" in found:
             rows += _running(name, base, found, counts_RN)
-    shared = {"scan_path": scan_path(device), "state_dtype": "float32", "seed": seed}
+    shared = {"scan_path": base["scan_path"].item(), "state_dtype": "float32", "seed": seed}
     frame = pd.DataFrame(rows).assign(**shared)
     frame.loc[frame["scheme"] == BF16, "state_dtype"] = "bfloat16"
     return frame[[column.name for column in DRIFT.columns]]
