@@ -61,6 +61,7 @@ def test_fewer_bits_stray_further_and_both_further_than_the_floors(measured):
 
     assert 0 < last(drift.STEP) < 1e-5 < last(drift.BF16) < 0.05
     assert last(drift.STEP) < last("w8") < last("w4")
+    assert measured.loc[(drift.BF16, "readout_relerr", 48, -1, -1), "value"] > 1e-5  # the same model, read otherwise
     w4 = measured.loc[("w4", "state_relerr", 48, -1, -1)]
     assert w4["lo"] < w4["value"] < w4["hi"]
 

@@ -131,13 +131,14 @@ def _strayed(reference: Any, other: Any, ids_BT: torch.Tensor, at: list[int], by
         for start, stop in pairwise(edges):
             piece_BT = ids_BT[:, start:stop]
             p_BTV = readers[0].read(piece_BT).float().log_softmax(-1)
+            expected = [*y_ref]  # of a floor both are one model, and the next read fills both lists
             q_BTV = (_steps(readers[1], piece_BT, by) if by else readers[1].read(piece_BT)).float().log_softmax(-1)
             kl[-1].append((p_BTV.exp() * (p_BTV - q_BTV)).sum(-1).clamp_min(0))  # rounding may leave it below
             top1[-1].append((p_BTV.argmax(-1) == q_BTV.argmax(-1)).float())
             if stop in at:
                 pairs = zip(*(reader.states for reader in readers), strict=True)
                 states.append(torch.stack([_apart(a.flatten(2), b.flatten(2)) for a, b in pairs], 1))
-                readouts.append(torch.stack([_apart(a, b) for a, b in zip(y_ref, y, strict=True)], 1))
+                readouts.append(torch.stack([_apart(a, b) for a, b in zip(expected, y, strict=True)], 1))
                 kl.append([])
                 top1.append([])
     means = (torch.stack([torch.cat(part, 1).mean(1) for part in whole if part], 1) for whole in (kl, top1))
