@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 CORES ?= 2
 DEMO := $(addprefix results/tiny/,goodhart.png report.md)
 
-.PHONY: demo test lint format config bench-allocate bench-allocators bench-clusters bench-evaluate bench-evolve bench-export bench-goodhart bench-matrices bench-memory bench-peers bench-phase bench-resume bench-rounds bench-scan bench-sweep bench-tune test-lepton test-slurm validate clean
+.PHONY: demo test lint format config bench-allocate bench-allocators bench-clusters bench-evaluate bench-evolve bench-export bench-goodhart bench-matrices bench-memory bench-peers bench-phase bench-resume bench-rounds bench-scan bench-sweep bench-techniques bench-tune test-lepton test-slurm validate clean
 
 demo: $(VENV)/.core
 	$(BIN)/snakemake $(DEMO) --cores $(CORES) --quiet rules host
@@ -120,6 +120,12 @@ bench-peers: $(VENV)/.dev
 bench-tune: $(VENV)/.dev
 	$(BIN)/snakemake --cores $(CORES) $(ROUNDS:%=results/%/plans.parquet) --quiet rules host
 	$(BIN)/python benchmarks/bench_tune.py --models $(ROUNDS) --seeds 5
+
+# each technique off in turn, on a model that nothing is compared on
+bench-techniques: $(VENV)/.dev
+	$(BIN)/snakemake --cores $(CORES) results/gpt2_tiny_6/plans.parquet --quiet rules host --config 'gates={mode: warn}'
+	$(BIN)/python benchmarks/bench_tune.py --models gpt2_tiny_6 --plans best bits_only uniform --output benchmarks/results/techniques.json \
+		--rows default blocks "polish alone" "polish no codes" "no scales" "original inputs, polished" "from nearest, polished"
 
 clean:
 	rm -rf results logs .snakemake

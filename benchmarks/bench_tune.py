@@ -3,7 +3,7 @@
 python benchmarks/bench_tune.py [--models tiny stories260k] [--rows default ..] [--plans best] [--seeds 1]  ->  a table,
 and benchmarks/results/tune.json
 
-    swept        the plan of each budget as GPTQ left it: `best`, or others (--plans bits_only uniform)
+    swept        the plan of each budget as GPTQ left it: `best`, or others (--plans best bits_only)
     default      the settings of the model; the rows from `polish` on depart from them by what their name says
     blocks       without the polish; the rows after it depart from that
 
@@ -46,6 +46,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "polish alone": {"iterations": 0},
     "no scales": {"learn": ["rounding"], "polish_learn": ["rounding", "factors"]},
     "original inputs, polished": {"inputs": "original"},
+    "from nearest, polished": {"start": "nearest"},
     # the grid that the defaults were chosen from, on select windows of models that nothing is compared on (docs/LOG.md)
     "polish at .0001": {"polish_rate": 0.0001},
     "polish at .0005": {"polish_rate": 0.0005},
@@ -153,7 +154,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["tiny", "stories260k"])
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS)
     parser.add_argument("--budgets", nargs="+", help="e.g. 2.5bpw; all")
-    parser.add_argument("--plans", nargs="+", default=["best"], help="strategies whose maps are learned on")
+    parser.add_argument("--plans", nargs="+", default=["best"], help="maps; of all but the first `default` alone")
     parser.add_argument("--seeds", type=int, default=1, help="of `default`")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/tune.json"))
     arguments = parser.parse_args()
@@ -168,7 +169,7 @@ def main() -> None:
             place = {"model": model.name, "plan": plan}
             rows.append({**place, "row": "swept", "seed": 0, "kl": swept})
             print(told(rows[-1], swept), flush=True)
-            for name in arguments.rows:
+            for name in arguments.rows if plan.startswith(f"{arguments.plans[0]}-") else ["default"]:
                 seeds = range(arguments.seeds if name == "default" else 1)
                 for seed in seeds:
                     rows.append({**place, "row": name, "seed": seed, **model.tuned(plan, frame, seed, **ROWS[name])})

@@ -7,7 +7,19 @@ import pandas as pd
 from bitalloc import fairness, figures
 from bitalloc.config import Config
 from bitalloc.script import stage
-from bitalloc.tables import ANSWERS, ARMS, FAIRNESS, PLANS, PROTECTED, SENTENCES, SETS, SYNERGY, verdicts
+from bitalloc.tables import (
+    ANSWERS,
+    ARMS,
+    BACKENDS,
+    CRITERIA,
+    FAIRNESS,
+    PLANS,
+    PROTECTED,
+    SENTENCES,
+    SETS,
+    SYNERGY,
+    verdicts,
+)
 
 
 def main(*, inputs: dict[str, Path], settings: Config, outputs: dict[str, Path]) -> None:
@@ -27,6 +39,8 @@ def main(*, inputs: dict[str, Path], settings: Config, outputs: dict[str, Path])
     found = fairness.choose(select, units, int(arms["budget_nbytes"].iloc[0]), margin=settings.fairness.margin_en)
     protected = fairness.protected(select, units, found, budget)
     PROTECTED.write(protected, outputs["protected"], verdicts=stands_on)
+    claims = fairness.criteria(pd.concat([protection, allocation]), BACKENDS.read(inputs["backends"]), seed=seed)
+    CRITERIA.write(claims, outputs["criteria"], verdicts=stands_on)
     SYNERGY.write(fairness.synergies(select, units), outputs["synergy"], verdicts=stands_on)
     figures.fairness(protection, protected, outputs["figure"], note=fairness.conditions(sets, arms))
     figures.fairness_plans(allocation, outputs["allocation"])

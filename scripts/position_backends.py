@@ -1,19 +1,19 @@
 """All INT8 and the champion as packed checkpoints, run in the backends that hold real INT8 -> BACKENDS."""
 
+import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pandas as pd
 
 from bitalloc.backends import Subject, measure
-from bitalloc.compress import compress
+from bitalloc.compress import compress_maps
 from bitalloc.config import Config
-from bitalloc.experiments import Experiments
 from bitalloc.formats.bitalloc import Reader
 from bitalloc.models import open_checkpoint, pick_device
 from bitalloc.script import stage
 from bitalloc.store import Store
-from bitalloc.tables import BACKENDS, INVENTORY, MOMENTS, PLAN, TOKENS
+from bitalloc.tables import BACKENDS, INVENTORY, TOKENS
 
 RUNS = {"all_low": ("native", "torchao_int8"), "champion": ("native",)}  # torchao's knows no 16 bits beside
 
@@ -23,22 +23,14 @@ def main(
 ) -> None:
     inventory, checkpoint = INVENTORY.read(inputs["inventory"]), open_checkpoint(inputs["checkpoint"])
     device, frames = pick_device(settings.device), []
-    experiments = Experiments(
-        checkpoint=checkpoint,
-        inventory=inventory,
-        moments=pd.DataFrame(columns=[column.name for column in MOMENTS.columns]),
-        store=Store(Path(settings.store)),
-        sweep=settings.sweep,
-        device=device,
-    )
     for plan in rules:
         with TemporaryDirectory(dir=path_to_table.parent, prefix=f".{plan}.") as folder:
             results, scratch = Path(folder), Path(folder) / "scratch"
             scratch.mkdir()
-            (results / "models").mkdir()
-            frame = PLAN.read(inputs["folder"] / f"{plan}.parquet")
-            compress({plan: frame}, results=results, experiments=experiments, inventory=inventory)
-            subject = Subject(Reader(results / "models" / plan), checkpoint.path, scratch, device, remote_code)
+            rule = {plan: json.loads((inputs["folder"] / f"{plan}.json").read_text(encoding="utf-8"))}
+            where = {"results": results, "store": Store(Path(settings.store)), "device": device}
+            written = compress_maps(rule, checkpoint=checkpoint, inventory=inventory, **where)
+            subject = Subject(Reader(written[plan]), checkpoint.path, scratch, device, remote_code)
             for backend in RUNS[plan]:
                 frames.append(
                     measure(

@@ -36,10 +36,12 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save("mamba2", tmp_path_factory.mktemp("model"))
 
 
-def bench(path: Path, store: Path, split: str = "report", settings: config.Schemes = SETTINGS) -> ladder.Bench:
+def bench(
+    path: Path, store: Path, split: str = "report", settings: config.Schemes = SETTINGS, family: str = "mamba2"
+) -> ladder.Bench:
     return ladder.Bench(
         path=path,
-        inventory=retrieve.inventory("small", path, FAMILIES["mamba2"]),
+        inventory=retrieve.inventory("small", path, FAMILIES[family]),
         tokens=tokens(windows=WINDOWS),
         split=split,
         settings=settings,
@@ -96,6 +98,13 @@ def test_changes_are_against_the_scheme_without_the_last_word(made: tuple[pd.Dat
     assert rows.at["w4a4+gptq+dp", "nbytes"] <= rows.at["w4a4", "nbytes"]
 
 
+def test_default_names_are_schemes_that_stand_beside_what_they_are_held_against() -> None:
+    schemes = ladder.parse(config.Schemes(), [*config.Schemes().names, *config.Schemes().layerwise])
+    names = {scheme.name for scheme in schemes}
+    assert all(scheme.against in names or "+" not in scheme.against for scheme in schemes)
+    assert len({str(scheme.key()) for scheme in schemes}) == len(schemes) - 2  # two are named in three orders
+
+
 def test_what_is_known_is_not_measured_again(
     made: tuple[pd.DataFrame, Path], path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,6 +146,14 @@ def test_layerwise_quantises_one_and_spares_one(path: Path, tmp_path: Path) -> N
     assert spared["saved_nats_per_token"] == pytest.approx(whole - spared["kl_nats_per_token"], rel=1e-5)
     sizes = frame.query("mode == 'quantise' and layer == @layer").set_index("part")["rows"]
     assert sizes["all"] == sizes.drop("all").sum()
+
+
+def test_what_a_family_cannot_carry_is_a_row_that_says_so(tmp_path: Path) -> None:
+    settings = config.Schemes(names=["w8a8", "w8a8+folded"], windows=2)
+    frame = ladder.ladder(bench(save("llama", tmp_path / "model"), tmp_path, settings=settings, family="llama"))
+    assert frame["status"].tolist()[:2] == [ladder.MEASURED] * 2
+    assert "residual stream of llama is not folded yet" in frame["status"].iloc[2]
+    assert frame["kl_nats_per_token"].notna().tolist() == [True, True, False]
 
 
 def test_layerwise_is_of_the_simulation(path: Path, tmp_path: Path) -> None:

@@ -63,7 +63,15 @@ def test_files_are_read_line_by_line(tmp_path):
     found = read(tmp_path, ["en", "he"])
     assert found.loc[found["language"] == "en", "text"].tolist() == ["one", "two\u2028still two", "three"]
     assert found.loc[found["sentence"] == 2, "text"].tolist() == ["three", "שלוש"]
+    assert found["group"].tolist() == [0, 0, 1, 1, 2, 2]
     assert read({"en": tmp_path / "en.txt", "he": tmp_path / "he.txt"}, ["en", "he"]).equals(found)
+
+
+def test_a_sentence_that_is_there_twice_is_on_one_side(tmp_path):
+    numbers = [str(n % 20) for n in range(40)]
+    found = split(read(files(tmp_path, en="\n".join(numbers).encode(), he="\n".join(numbers).encode()), ["en", "he"]))
+    assert (found.groupby("text")["split"].nunique() == 1).all()
+    assert found["split"].value_counts().tolist() == [40, 40]
 
 
 @pytest.mark.parametrize(

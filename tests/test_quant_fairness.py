@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bitalloc import languages, precision, retrieve
+from bitalloc import languages, precision, quant_fairness, retrieve
+from bitalloc.fairness import Choice, Units
 from bitalloc.families import family
 from bitalloc.quant_fairness import main
 from bitalloc.tables import ARMS, FAIRNESS, PROTECTED, SENTENCES, SYNERGY
@@ -100,7 +101,9 @@ def test_the_map_is_a_plan_of_the_size_that_was_said(swept):
 def test_recommend_and_report_need_no_model(swept, monkeypatch, capsys, tmp_path):
     folder, *_ = swept
     monkeypatch.setattr(languages, "load_model", None)
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert main(["report", str(folder), "--json", "-"]) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in folder.iterdir()}  # it may be the workflow's
     assert json.loads(capsys.readouterr().out)["protect"]["units"] == ["wte"]
     assert main(["recommend", str(folder), "--budget", "4.0bpw", "--map", str(tmp_path / "map.json")]) == 0
     told = capsys.readouterr().out
@@ -109,6 +112,14 @@ def test_recommend_and_report_need_no_model(swept, monkeypatch, capsys, tmp_path
     assert json.loads((tmp_path / "map.json").read_text()) == {"default": "int3"}
     assert main(["recommend", str(folder), "--budget", "1.3MB"]) == 0
     assert "promises" in capsys.readouterr().out  # three units were never read together
+
+
+@pytest.mark.parametrize(("confidence", "unsure"), [(0.3, True), (0.6, False)])
+def test_a_choice_that_seldom_wins_is_said_to_be_unsure(confidence, unsure):
+    row = {"unit": "h.0", "nbytes": 1, "chosen": True, "frequency": 0.6, "value": 0.1, "lo": 0.0, "hi": 0.2}
+    found = Choice("h.0", confidence, {"h.0": 0.6})
+    told = quant_fairness._protected(pd.DataFrame([row]), found, Units({"h.0": 1}, base=1, rest=0, weights=1))
+    assert any(line.startswith("unsure") for line in told) == unsure
 
 
 def lines(count: int, text: str) -> bytes:

@@ -8,16 +8,20 @@ from types import MappingProxyType
 from typing import Protocol
 
 import pandas as pd
+import torch
 
+from bitalloc import precision
+from bitalloc.config import Sweep
 from bitalloc.errors import BitallocError
 from bitalloc.experiments import Experiments
 from bitalloc.formats import bitalloc as checkpoints
 from bitalloc.formats.layout import checkpoint_nbytes
+from bitalloc.models import Checkpoint
 from bitalloc.option import Option, from_row
 from bitalloc.progress import Progress
 from bitalloc.quant import CompressedMatrix
-from bitalloc.store import digest
-from bitalloc.tables import CHECKPOINTS
+from bitalloc.store import Store, digest
+from bitalloc.tables import CHECKPOINTS, MOMENTS
 
 
 class Matrices(Protocol):
@@ -68,3 +72,28 @@ def compress(
         rows.append((name, folder.as_posix(), predicted, nbytes, written))
         progress.advance(note=name)
     return pd.DataFrame(rows, columns=[column.name for column in CHECKPOINTS.columns])
+
+
+def compress_maps(
+    maps: Mapping[str, Mapping[str, str]],
+    *,
+    results: Path,
+    checkpoint: Checkpoint,
+    inventory: pd.DataFrame,
+    store: Store,
+    device: torch.device,
+) -> dict[str, Path]:
+    """Write precision maps as checkpoints, which need no calibration: name -> folder, `<results>/models/<name>`."""
+    experiments = Experiments(
+        checkpoint=checkpoint,
+        inventory=inventory,
+        moments=pd.DataFrame(columns=[column.name for column in MOMENTS.columns]),
+        store=store,
+        sweep=Sweep(),
+        device=device,
+    )
+    known = precision.components(inventory)
+    plans = {name: precision.plan(inventory, precision.parse(mapping, known)) for name, mapping in maps.items()}
+    (results / "models").mkdir(exist_ok=True)
+    compress(plans, results=results, experiments=experiments, inventory=inventory)
+    return {name: results / "models" / name for name in maps}

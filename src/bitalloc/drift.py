@@ -51,6 +51,7 @@ REFERENCE = "reference"
 STEP, BF16 = "floor: step", "floor: bf16 state"
 PIECE = 256  # tokens that are read at once, so that no more logits are in memory
 NGRAM = 4
+INF = float("inf")
 WHOLE = -1  # t, layer and head of rows that are about all of them
 
 
@@ -131,7 +132,7 @@ def _strayed(reference: Any, other: Any, ids_BT: torch.Tensor, at: list[int], by
             piece_BT = ids_BT[:, start:stop]
             p_BTV = readers[0].read(piece_BT).float().log_softmax(-1)
             q_BTV = (_steps(readers[1], piece_BT, by) if by else readers[1].read(piece_BT)).float().log_softmax(-1)
-            kl[-1].append((p_BTV.exp() * (p_BTV - q_BTV)).sum(-1))
+            kl[-1].append((p_BTV.exp() * (p_BTV - q_BTV)).sum(-1).clamp_min(0))  # rounding may leave it below
             top1[-1].append((p_BTV.argmax(-1) == q_BTV.argmax(-1)).float())
             if stop in at:
                 pairs = zip(*(reader.states for reader in readers), strict=True)
@@ -242,10 +243,11 @@ def drift(
         identity = identities.get(name, [identities[REFERENCE], name])
         key = digest(["drift", identity, identities[REFERENCE], ids_NT.tolist(), settings.model_dump()])
         record = store.get(key)
-        progress.advance(cached=record is not None, note=name)
+        progress.advance(0 if record is None else 1, cached=True)
         if record is None:
             record = {what: np.asarray(values).tolist() for what, values in measure().items()}
             store.put(key, record)
+            progress.advance(note=name)
         return {what: np.array(values) for what, values in record.items()}
 
     @cache
@@ -292,13 +294,13 @@ def _row(
     return {"scheme": scheme, "metric": metric, **place, "value": value, "lo": None, "hi": None, "n": 1} | ends
 
 
-def _mean(values_N: np.ndarray, counts_RN: np.ndarray) -> dict[str, Any]:
-    """Mean over sequences with its interval; no value where one of them has none."""
+def _mean(values_N: np.ndarray, counts_RN: np.ndarray, within: tuple[float, float] = (-INF, INF)) -> dict[str, Any]:
+    """Mean over sequences with its interval, cut to what can be; no value where one of them has none."""
     if not np.isfinite(values_N).all():
         return {"value": None, "n": len(values_N)}
     n = len(values_N)
     told = mean_interval(values_N.mean(), counts_RN @ values_N / n, n)
-    return {"value": told.value, "lo": told.lo, "hi": told.hi, "n": n}
+    return {"value": told.value, "lo": max(told.lo, within[0]), "hi": min(told.hi, within[1]), "n": n}
 
 
 def _strayed_rows(
@@ -306,13 +308,13 @@ def _strayed_rows(
 ) -> list[dict[str, Any]]:
     rows = []
     for k, t in enumerate(at):
-        for metric, key in (("kl_nats_per_token", "kl_NK"), ("top1", "top1_NK")):
-            rows.append(_row(name, metric, t=t, **_mean(found[key][:, k], counts_RN)))
+        for metric, key, most in (("kl_nats_per_token", "kl_NK", INF), ("top1", "top1_NK", 1.0)):
+            rows.append(_row(name, metric, t=t, **_mean(found[key][:, k], counts_RN, (0.0, most))))
         for metric, key in (("state_relerr", "state_NKLH"), ("readout_relerr", "readout_NKLH")):
             whole = found[key][:, k]
-            rows.append(_row(name, metric, t=t, **_mean(whole.mean((1, 2)), counts_RN)))
+            rows.append(_row(name, metric, t=t, **_mean(whole.mean((1, 2)), counts_RN, (0.0, INF))))
             rows += [
-                _row(name, metric, t=t, layer=layer, head=head, **_mean(whole[:, layer, head], counts_RN))
+                _row(name, metric, t=t, layer=layer, head=head, **_mean(whole[:, layer, head], counts_RN, (0.0, INF)))
                 for layer, head in np.ndindex(half_LH.shape)
             ]
     slope_NLH = slopes(found["state_NKLH"], at)
@@ -352,10 +354,11 @@ def _running(
     name: str, base: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray], counts_RN: np.ndarray
 ) -> list[dict[str, Any]]:
     rows = [
-        _row(name, "repetition_rate", **_mean(repetition(found["tokens"]), counts_RN)),
+        _row(name, "repetition_rate", **_mean(repetition(found["tokens"]), counts_RN, (0.0, 1.0))),
         _row(name, "nonfinite", value=float(found["broken"].sum()), n=len(found["broken"])),
     ]
     if name != REFERENCE:
         divergence_N = first_divergence(base["tokens"], found["tokens"]).astype(float)
-        rows.append(_row(name, "first_divergence_tokens", **_mean(divergence_N, counts_RN)))
+        ends = (1.0, found["tokens"].shape[1] + 1.0)
+        rows.append(_row(name, "first_divergence_tokens", **_mean(divergence_N, counts_RN, ends)))
     return rows

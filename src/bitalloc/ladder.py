@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,22 @@ class Bench:
             raise BitallocError("a scheme makes the model's scores NaN or Inf; leave it out of the section schemes")
         return {name: found[name].tolist() for name in SCORES}
 
+    def models(self, names: list[str]) -> dict[str, Callable[[], Any]]:
+        """The unquantised model and every scheme of these names, each made anew when it is called for."""
+
+        def made(scheme: Scheme) -> Any:
+            model = self.load()
+            apply(model, scheme, calibration=self.calibration if scheme.calibrated else None, seed=self.seed)
+            return model
+
+        schemes = parse(self.settings, names)
+        return {REFERENCE: self.load} | {scheme.name: partial(made, scheme) for scheme in schemes}
+
+    def identities(self, names: list[str]) -> dict[str, str]:
+        """What each of them is made of."""
+        keys = {REFERENCE: None} | {scheme.name: scheme.key() for scheme in parse(self.settings, names)}
+        return {name: digest([self.identity, key]) for name, key in keys.items()}
+
     @property
     def protocol(self) -> str:
         drawn = f"95 % percentile bootstrap over windows, {self.draws['resamples']} resamples"
@@ -111,7 +127,7 @@ class Bench:
 def ladder(bench: Bench) -> pd.DataFrame:
     """SCHEMES of the unquantised model and of every scheme of the configuration, one row a corpus.
 
-    A backend that cannot carry a scheme, or is not installed, is a row that says so.
+    A scheme that a backend or this family cannot carry, or whose library is not here, is a row that says so.
     """
     schemes = parse(bench.settings, bench.settings.names)
     print(f"[schemes] scope {bench.scope.digest[:12]}\n{bench.scope}", file=sys.stderr, flush=True)
@@ -145,8 +161,6 @@ def _measured(bench: Bench, scheme: Scheme) -> JSON:
         calibration = bench.calibration if scheme.calibrated else None
         record = apply(model, scheme, calibration=calibration, seed=bench.seed)
     except BitallocError as refusal:
-        if scheme.quant_backend == "simulated":
-            raise
         return {"status": str(refusal)}
     told = {name: getattr(record, name) for name in ("nbytes", "weights", "rotations")}
     return {"status": MEASURED, **told, "bits": dict(record.bits), **bench.scores(model)}

@@ -85,8 +85,9 @@ def read(where: Path | Mapping[str, Path], languages: Sequence[str]) -> pd.DataF
                 f"{files[first]} has {len(lines[first]):,} lines, {files[language]} {len(lines[language]):,}: they are "
                 "not aligned; line N must be the same sentence in every file"
             )
+    group_I = pd.factorize(pd.Series(lines[first], dtype=object))[0].tolist()  # a line that is there twice, on one side
     return pd.DataFrame(
-        {"language": language, "sentence": n, "group": n, "text": lines[language][n]}
+        {"language": language, "sentence": n, "group": group_I[n], "text": lines[language][n]}
         for n in range(len(lines[first]))
         for language in languages
     )

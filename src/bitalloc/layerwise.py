@@ -58,7 +58,8 @@ def _measured(
     bench: Bench, scheme: Scheme, parts: list[_Part], progress: Progress
 ) -> Iterator[tuple[str, _Part, JSON]]:
     model = head = None
-    works = [(ALL, _Part(None, ALL, slice(0)))] + [(mode, part) for mode in (QUANTISE, PROTECT) for part in parts]
+    rows = sum(matrix.rows for matrix in bench.scope.matrices)
+    works = [(ALL, _Part(None, ALL, slice(0, rows)))] + [(mode, part) for mode in (QUANTISE, PROTECT) for part in parts]
     for mode, part in works:
         layer = part.matrix.layer if part.matrix else ""
         key = digest(["layerwise", bench.identity, scheme.key(), mode, layer, part.name])
@@ -101,7 +102,7 @@ def _row(bench: Bench, scheme: Scheme, mode: str, part: _Part, records: tuple[JS
         "scheme": scheme.name,
         "mode": mode,
         "part": part.name,
-        "rows": part.rows.stop if part.rows.start is None else part.rows.stop - part.rows.start,
+        "rows": part.rows.stop - part.rows.start,
         **ends("kl_nats_per_token", bench.mean(record["kl"], tokens_W)),
         **saved,
         "n_tokens": int(sum(tokens_W)),

@@ -30,6 +30,7 @@ from scipy.special import stdtrit
 from bitalloc.config import Model, Study, load
 from bitalloc.errors import BitallocError
 from bitalloc.statistics import Estimate, mean_interval, resample, units_drawn
+from bitalloc.statistics.verdicts import MET, NOT_MET, NOT_RUN, OPEN, above, below
 from bitalloc.strategies.position import RULES, position
 from bitalloc.tables import CRITERIA, POSITION
 
@@ -38,7 +39,6 @@ METRICS = (RATIO, KL)
 REFERENCE = "reference"
 MARGIN = 0.001  # nats a token: a thousandth of PPL, within which real INT8 counts as no loss
 RIVALS = ("middle", "late")
-MET, NOT_MET, OPEN, NOT_RUN = "met", "not met", "open", "not run"
 Row = dict[str, Any]
 
 
@@ -140,7 +140,7 @@ def _early(study: Study, damage: Damage, model: str, corpus: str, metric: str) -
             yield _row(place, why=f"the study has no rule {min(lacking)}")
             continue
         found, own, other = damage.worth(early=1, **{rival: -2}), damage.worth(early=1), damage.worth(**{rival: 1})
-        verdict = _above(found, 0.0)
+        verdict = above(found, 0.0)
         if verdict == MET and own.lo <= 0:  # middle MLPs that do harm would make it true of early ones that do nothing
             verdict = OPEN if own.hi > 0 else NOT_MET
         ratio = f"B(early) {own.value:.2g}, B({rival}) {other.value:.2g}"
@@ -181,7 +181,7 @@ def _every(criterion: str, rows: Sequence[Row], told: str, reason: str) -> Row:
     lo, hi = (min(row["value"] + sign * each for row, each in zip(run, half, strict=True)) for sign in (-1, 1))
     found = Estimate(min(row["value"] for row in run), lo, hi, math.nan, math.nan)
     verdicts = [row["verdict"] for row in run]
-    verdict = _above(found, 0.0)
+    verdict = above(found, 0.0)
     if verdict == MET and set(verdicts) != {MET}:
         verdict = OPEN
     counts = ", ".join(f"{verdicts.count(word)} {word}" for word in (MET, OPEN, NOT_MET) if word in verdicts)
@@ -197,7 +197,7 @@ def _real(study: Study, model: Measured) -> Iterator[Row]:
             yield own
             continue
         found = Estimate(row["loss_nats_per_token"], row["loss_lo"], row["loss_hi"], math.nan, math.nan)
-        verdict = MET if found.hi < MARGIN else NOT_MET if found.lo > MARGIN else OPEN
+        verdict = below(found, MARGIN)
         why = f"nats a token above simulated, on {row['task'].partition('/')[0]}"
         yield _row(own, found, n, comparison=f"< {MARGIN:g}", verdict=verdict, why=why)
 
@@ -212,7 +212,7 @@ def _faster(study: Study, model: Measured) -> Iterator[Row]:
         found = Estimate(row["speedup"], row["speedup_lo"], row["speedup_hi"], math.nan, math.nan)
         share = model.nbytes["champion"] / model.nbytes["all_high"] if "all_high" in model.nbytes else math.nan
         why = f"times as fast, with {share:.0%} of the bytes"
-        yield _row(own, found, n, comparison="> 1", verdict=_above(found, 1.0), why=why)
+        yield _row(own, found, n, comparison="> 1", verdict=above(found, 1.0), why=why)
 
 
 def _ran(study: Study, model: Measured, rule: str, place: Row) -> Iterator[tuple[Row | None, Row, int]]:
@@ -232,10 +232,6 @@ def _ran(study: Study, model: Measured, rule: str, place: Row) -> Iterator[tuple
         worst = rows.loc[rows["loss_hi"].idxmax()].to_dict()
         asked = model.responses[model.responses["task"] == worst["task"]]
         yield worst, own, asked["item"].nunique()
-
-
-def _above(found: Estimate, threshold: float) -> str:
-    return MET if found.lo > threshold else NOT_MET if found.hi <= threshold else OPEN
 
 
 def _row(

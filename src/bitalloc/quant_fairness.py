@@ -31,6 +31,7 @@ from bitalloc.progress import Progress, clock
 from bitalloc.store import Store, canonical, write_atomically
 from bitalloc.tables import ANSWERS, ARMS, FAIRNESS, PROTECTED, SENTENCES, SETS, SYNERGY
 
+UNSURE = 0.5  # confidence below which the recommendation is said to be unsure
 SHEET = Path("config/models.yaml")
 _BPW = re.compile(r"([0-9]*\.?[0-9]+) ?bpw")
 
@@ -119,7 +120,7 @@ def sweep(given: argparse.Namespace) -> None:
     raw = read_config(folder)
     text = languages.tokenise(text, load_tokenizer(folder), raw)
     text = languages.split(text, sentences=given.sentences, seed=given.seed)
-    out = given.out or Path("results") / name / "fairness"
+    out = given.out or Path("results/quant-fairness") / name
     asked = None
     if built_in and given.items:
         asked = items(Config(seed=given.seed, retrieve={"items": {"facts": given.items}}), folder)  # type: ignore[arg-type]
@@ -148,7 +149,7 @@ def sweep(given: argparse.Namespace) -> None:
         (out / "answers.parquet").unlink(missing_ok=True)
     print(f"tables: {out}", file=sys.stderr)
     given.folder = out
-    report(given)
+    _report(given, keep=True)
 
 
 def _texts(given: Sequence[str]) -> Path | dict[str, Path]:
@@ -161,14 +162,18 @@ def _texts(given: Sequence[str]) -> Path | dict[str, Path]:
 
 
 def report(given: argparse.Namespace) -> None:
-    """Tell what a sweep found, at the budget that it was made for."""
+    """Tell what a sweep found, at the budget that it was made for; only the files that are asked for are written."""
+    _report(given, keep=False)
+
+
+def _report(given: argparse.Namespace, *, keep: bool) -> None:
+    """`keep`: write what is derived beside the sweep's tables too; the workflow's folders are its own."""
     folder = given.folder
     sentences, sets, arms = _read(folder)
     answers = ANSWERS.read(folder / "answers.parquet") if (folder / "answers.parquet").is_file() else None
     how = {"seed": given.seed}
     select, _ = Damage.both(sentences, **how)
     units, table = Units.of(sets), fairness.fairness(sentences, sets, arms, answers, **how)
-    FAIRNESS.write(table, folder / "fairness.parquet")
     protected, found = pd.DataFrame(columns=[c.name for c in PROTECTED.columns]), None
     budget, nbytes = arms["budget"].iloc[0], int(arms["budget_nbytes"].iloc[0])
     if select.ranked:
@@ -179,6 +184,9 @@ def report(given: argparse.Namespace) -> None:
                 f"{folder} was swept with another --margin-en or --seed ({recorded}, not {found.plan}); give the same"
             )
         protected = fairness.protected(select, units, found, budget)
+    if keep:
+        FAIRNESS.write(table, folder / "fairness.parquet")
+    if keep and found:
         PROTECTED.write(protected, folder / "protected.parquet")
         SYNERGY.write(fairness.synergies(select, units), folder / "synergy.parquet")
         _write_map(found.plan, sets, units, folder / "protect.json")
@@ -334,11 +342,13 @@ def _protected(table: pd.DataFrame, found: fairness.Choice | None, units: Units)
         rows.append([row["unit"], f"{row['nbytes']:,}", _interval(row), f"{row['frequency']:.0%}", chosen])
     nbytes = units.nbytes(units.parse(found.plan))
     kept = "nothing" if found.plan == NONE else found.plan.replace("+", ", ")
+    unsure = ["unsure: other sets win more often than not; give more sentences"] * (found.confidence < UNSURE)
     return [
         *_grid(rows),
         "",
         f"protect {kept}: {nbytes - units.base:,} bytes more, {nbytes:,} in all "
         f"({units.bits_per_weight(nbytes):.2f} bpw); the same set in {found.confidence:.0%} of resamples",
+        *unsure,
     ]
 
 
@@ -367,9 +377,11 @@ def _parser() -> argparse.ArgumentParser:
             own.add_argument("--pairs", type=_positive, default=100, help="pairs that are read at most: %(default)s")
             own.add_argument("--batch", type=_positive, default=16, help="sentences a forward pass: %(default)s")
             own.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: %(default)s")
-            own.add_argument("--out", type=Path, metavar="DIR", help="tables; default: results/<model>/fairness")
+            own.add_argument("--out", type=Path, metavar="DIR", help="tables; default: results/quant-fairness/<model>")
         else:
-            own.add_argument("folder", type=Path, help="what `sweep` wrote: its --out")
+            own.add_argument(
+                "folder", type=Path, help="what `sweep` wrote, its --out; or results/<model>/fairness of the workflow"
+            )
         if command is not report:
             own.add_argument(
                 "--budget",

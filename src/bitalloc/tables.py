@@ -291,7 +291,7 @@ SCHEMES = Table(
     (
         *_SCHEME,
         Column("task", STR, "<corpus>/<split>"),
-        Column("status", STR, "measured, or why the backend does not carry it or is not here"),
+        Column("status", STR, "measured, or why this backend or family does not carry it, or the library is not here"),
         *_estimate("ppl", "e^nll"),
         *_estimate("nll_nats_per_token", "-log q of the next token, mean over scored tokens"),
         *_estimate("kl_nats_per_token", "KL(reference || scheme), mean over scored tokens"),

@@ -9,6 +9,7 @@ it: do not shorten the training. The GPT-2s are only asked where a loss of preci
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -197,7 +198,8 @@ def train_mamba2(
     with matrix_scan():
         model = train_model(lessons, config=mamba2(len(known)), seed=seed, prepare=align)
     model.half().save_pretrained(path)
-    known.save_pretrained(path)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(tokenizer / file, path / file)
 
 
 def train_gpt2(

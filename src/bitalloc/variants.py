@@ -19,19 +19,17 @@ from typing import Any
 import pandas as pd
 import torch
 
-from bitalloc import models, precision, scan
+from bitalloc import models, scan
 from bitalloc.backends import BACKENDS, Subject, memory
-from bitalloc.compress import compress
-from bitalloc.config import Schemes, Sweep
+from bitalloc.compress import compress_maps
+from bitalloc.config import Schemes
 from bitalloc.errors import BitallocError, nearest
-from bitalloc.experiments import Experiments
 from bitalloc.formats.bitalloc import Reader
 from bitalloc.models import Checkpoint, read_config
 from bitalloc.option import PASS_THROUGH
 from bitalloc.scheme import Scheme
 from bitalloc.store import Store, digest
 from bitalloc.strategies.position import RULES, position
-from bitalloc.tables import MOMENTS
 
 REFERENCE = "reference"
 LIBRARIES = {
@@ -129,20 +127,9 @@ def _rule(plan: str, checkpoint: Checkpoint, inventory: pd.DataFrame, folder: Pa
     """Native checkpoint of a rule by position."""
     if plan not in RULES:
         raise BitallocError(f"unknown plan {plan!r} of a variant: {nearest(plan, RULES)}")
-    known = precision.components(inventory)
-    mapping = precision.parse(position(plan, 1 + int(inventory["block"].max())), known)
-    experiments = Experiments(
-        checkpoint=checkpoint,
-        inventory=inventory,
-        moments=pd.DataFrame(columns=[column.name for column in MOMENTS.columns]),  # these plans need none
-        store=Store(folder / "store"),
-        sweep=Sweep(),
-        device=torch.device("cpu"),
-    )
-    (folder / "models").mkdir(exist_ok=True)
-    plans = {plan: precision.plan(inventory, mapping)}
-    compress(plans, results=folder, experiments=experiments, inventory=inventory)
-    return folder / "models" / plan
+    rule = position(plan, 1 + int(inventory["block"].max()))
+    where = {"results": folder, "store": Store(folder / "store"), "device": torch.device("cpu")}
+    return compress_maps({plan: rule}, checkpoint=checkpoint, inventory=inventory, **where)[plan]
 
 
 def libraries(made: Sequence[Variant]) -> list[str]:

@@ -116,6 +116,30 @@ rule fairness_evaluate:
         "../../scripts/fairness_evaluate.py"
 
 
+rule fairness_backends:
+    input:
+        checkpoint="results/{model}/checkpoint.json",
+        inventory="results/{model}/inventory.parquet",
+        text="results/{model}/fairness/text.parquet",
+        sets="results/{model}/fairness/sets.parquet",
+        arms="results/{model}/fairness/arms.parquet",
+    output:
+        "results/{model}/fairness/backends.parquet",
+    log:
+        "logs/{model}/fairness_backends.log",
+    conda:
+        "../../envs/bitalloc.yaml"
+    threads: threads
+    resources:
+        gpu=gpu,
+    params:
+        settings=section("evaluate", "store", "device", "seed"),
+        sheet=sheet,
+        code=code("languages", "backends", "compress"),
+    script:
+        "../../scripts/fairness_backends.py"
+
+
 rule fairness:
     input:
         sentences="results/{model}/fairness/sentences.parquet",
@@ -126,10 +150,12 @@ rule fairness:
         plan_sentences="results/{model}/fairness/plans.sentences.parquet",
         plan_arms="results/{model}/fairness/plans.arms.parquet",
         plan_answers="results/{model}/fairness/plans.answers.parquet",
+        backends="results/{model}/fairness/backends.parquet",
     output:
         table="results/{model}/fairness.parquet",
         protected="results/{model}/fairness/protected.parquet",
         synergy="results/{model}/fairness/synergy.parquet",
+        criteria="results/{model}/fairness/criteria.parquet",
         figure=report("results/{model}/fairness.png", caption="../report/fairness.rst", category="fairness"),
         allocation=report(
             "results/{model}/fairness_plans.png", caption="../report/fairness_plans.rst", category="fairness"

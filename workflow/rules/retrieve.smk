@@ -72,6 +72,5 @@ rule train_mamba2:
         "logs/tiny_mamba2/train.log",
     conda:
         "../../envs/bitalloc.yaml"
-    threads: 2
     script:
         "../../scripts/train_mamba2.py"

@@ -3,6 +3,7 @@
 from bitalloc.figures.backends import backends
 from bitalloc.figures.domains import domains
 from bitalloc.figures.evolution import evolution
+from bitalloc.figures.failure_modes import failure_modes
 from bitalloc.figures.fairness import fairness, fairness_plans
 from bitalloc.figures.goodhart import goodhart
 from bitalloc.figures.law import law
@@ -19,6 +20,7 @@ __all__ = [
     "domains",
     "errors",
     "evolution",
+    "failure_modes",
     "fairness",
     "fairness_plans",
     "goodhart",
