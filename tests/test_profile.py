@@ -66,6 +66,38 @@ def test_a_planted_clock_gives_the_formulas() -> None:
     assert told["prefill_tokens_per_s"] == 3 * 5 / 2 and told["decode_tokens_per_s"] == 3 * 3 / 2
 
 
+def test_events_of_a_gpu_are_waited_for_and_told_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks, waited = iter([5.0, 7.0, 7.5]), []  # milliseconds in its stream
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = next(ticks)
+
+        def elapsed_time(self, later: Event) -> float:
+            assert waited
+            return later.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append(True))
+    clock = module.Events()
+    for _ in range(3):
+        clock.mark()
+    assert clock.seconds() == [0.002, 0.0005]
+
+
+@pytest.mark.skipif(module.high_water() is None, reason="the system does not tell")
+def test_a_peak_is_told_once_and_then_begins_anew() -> None:
+    module.set_back("cpu")
+    before = module.high_water()
+    held = bytearray(b"x") * 100_000_000
+    del held
+    assert module.high_water() - before > 90
+    assert module.high_water() - before < 50  # it was set back by the look before, and the memory is free
+
+
 def test_rounds_interleave_and_go_on_until_all_have_enough() -> None:
     seconds, asked = {"a": 1.0, "b": 0.25}, []
 

@@ -420,7 +420,7 @@ class Timing(Section):
     warmup: Positive = Field(2, description="generations before the clock counts, for every variant, length and batch")
     iterations: Positive = Field(10, description="generations that are timed, at least")
     seconds: Annotated[float, Field(ge=0)] = Field(10.0, description="seconds of them, at least, of every variant")
-    compile: bool = Field(False, description="torch.compile; what it takes is told apart")
+    compile: bool = Field(False, description="torch.compile, of what is timed; what it takes is told apart")
     utilisation: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0, description="share of a paid hour in which the device is at work, for the cost; 1: the least it can be"
     )
