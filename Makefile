@@ -47,7 +47,9 @@ format: $(VENV)/.dev
 config: $(VENV)/.core
 	$(BIN)/python -m bitalloc.config config
 
-# Python compiles what it imports; pip would compile all 18,600 files, one after the other
+# Python compiles what it imports; pip would compile all 18,600 files, one after the other. Images for containers often
+# forbid it to keep that, and each process would then compile torch anew
+unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 
 # torch comes first and as the platform offers it, so that nothing else chooses its build

@@ -19,26 +19,34 @@ def main(*, inputs: dict[str, Path], settings: Config, remote_code: bool, output
         PLANS.read(inputs["plans"]),
     )
     items = languages.spoken(ITEMS.read(inputs["items_table"]), text)
+    scored = settings.evaluate.model_copy(update={"batch": languages.batch(text, settings)})
     experiments = open_experiments(inputs["checkpoint"], inputs["inventory"], inputs["moments"], settings)
     frames = {name: PLAN.read(inputs["folder"] / f"{name}.parquet") for name in plans["plan"]}
-    read = []
-    for split, suites in (("select", ["perplexity"]), ("report", ["perplexity", "world"])):
+    drawn = set(plans.loc[plans["strategy"] == "random", "plan"])
+    named = {name: frame for name, frame in frames.items() if name not in drawn}
+    random = {name: frame for name, frame in frames.items() if name in drawn}
+    suites, read = ["perplexity", "world"] if len(items) else ["perplexity"], []
+    for split, some, asked in (
+        ("select", named, ["perplexity"]),
+        ("report", named, suites),
+        ("report", random, ["perplexity"]),
+    ):
         _, responses = evaluate(
-            plans=frames,
+            plans=some,
             path=experiments.checkpoint.path,
             inventory=inventory,
             experiments=experiments,
             tokens=languages.windows(text),
             items=items,
             split=split,
-            suites=suites if len(items) else ["perplexity"],
-            settings=settings.evaluate,
+            suites=asked,
+            settings=scored,
             store=experiments.store,
             device=experiments.device,
             seed=settings.seed,
             remote_code=remote_code,
         )
-        read.append(responses)
+        read.append(responses if some is not random else responses[responses["plan"] != fairness.REFERENCE])
     sentences, answers = languages.of_responses(pd.concat(read), text, inventory["model"].iloc[0])
     select, _ = fairness.Damage.both(sentences, seed=settings.seed)
     arms = [

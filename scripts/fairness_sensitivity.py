@@ -15,6 +15,7 @@ from bitalloc.tables import INVENTORY, LANGUAGES, PARALLEL
 
 def main(*, inputs: dict[str, Path], settings: Config, remote_code: bool, path_to_languages: Path) -> None:
     text, inventory = PARALLEL.read(inputs["text"]), INVENTORY.read(inputs["inventory"])
+    scored = settings.evaluate.model_copy(update={"batch": languages.batch(text, settings)})
     experiments = open_experiments(inputs["checkpoint"], inputs["inventory"], inputs["moments"], settings)
     tokens = languages.windows(text)
     place = {"path": experiments.checkpoint.path, "inventory": inventory, "experiments": experiments}
@@ -22,14 +23,14 @@ def main(*, inputs: dict[str, Path], settings: Config, remote_code: bool, path_t
     place |= {"remote_code": remote_code}
     read = []
     for split in ("select", "report"):  # the report split says which languages are at their floor
-        asked = {"items": pd.DataFrame(), "split": split, "suites": ["perplexity"], "settings": settings.evaluate}
+        asked = {"items": pd.DataFrame(), "split": split, "suites": ["perplexity"], "settings": scored}
         _, responses = evaluate(plans={}, tokens=tokens, **asked, **place)
         read.append(languages.of_responses(responses, text, inventory["model"].iloc[0])[0])
     floor = fairness.Damage.both(pd.concat(read), seed=settings.seed)[0].floor
     signal, parts = settings.sensitivity.signal, []
     for language, rows in tokens[tokens["split"] == "select"].groupby("corpus", sort=False):
         measured = settings.sensitivity.model_copy(update={"signals": [signal], "windows": len(rows)})
-        frame = sensitivity(tokens=rows, settings=measured, split="select", **place)
+        frame = sensitivity(tokens=rows, settings=measured, split="select", batch=scored.batch, **place)
         own = read[0][read[0]["language"] == language]
         nll = own["nll_nats"].sum() / own["ntokens"].sum()
         parts.append(frame.assign(language=language, reference_nll_nats_per_token=nll, floor=language in floor))

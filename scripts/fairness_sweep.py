@@ -27,7 +27,7 @@ def main(*, inputs: dict[str, Path], settings: Config, remote_code: bool, output
         high=languages.HIGH[asked.protect_bits],
         store=Store(Path(settings.store)),
         device=pick_device(settings.device),
-        batch=settings.evaluate.batch,
+        batch=languages.batch(text, settings),
         items=languages.spoken(ITEMS.read(inputs["items_table"]), text),
         remote_code=remote_code,
     )

@@ -61,6 +61,7 @@ def test_fewer_bits_stray_further_and_both_further_than_the_floors(measured):
 
     assert 0 < last(drift.STEP) < 1e-5 < last(drift.BF16) < 0.05
     assert last(drift.STEP) < last("w8") < last("w4")
+    assert measured.loc[(drift.BF16, "readout_relerr", 48, -1, -1), "value"] > 1e-5  # the same model, read otherwise
     w4 = measured.loc[("w4", "state_relerr", 48, -1, -1)]
     assert w4["lo"] < w4["value"] < w4["hi"]
 
@@ -97,6 +98,11 @@ def test_half_lives_are_those_of_a_constant_step():
         mixer.A_log.data[:] = 0.0
     expected = np.log(2) / np.log1p(np.exp([-4.0, -2.0, 0.0, 2.0]))
     assert np.allclose(drift.half_lives(model, IDS, batch=2), expected, rtol=1e-5)
+
+
+def test_a_model_without_a_state_is_refused(tmp_path):
+    with pytest.raises(BitallocError, match="a llama has none"):
+        frame({"reference": lambda: random_models.build("llama")}, store=Store(tmp_path))
 
 
 def test_too_little_text_is_refused():

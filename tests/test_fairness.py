@@ -178,6 +178,8 @@ def test_missing_sentences_are_refused():
     frame = sentences(REFERENCE, {"en": np.ones(20), "he": np.ones(20)})
     with pytest.raises(BitallocError, match="missing in some languages"):
         Damage(frame.iloc[:-1], "select")
+    with pytest.raises(BitallocError, match="8 groups of sentences, 10 are needed"):
+        Damage(sentences(REFERENCE, {"en": np.ones(8), "he": np.ones(8)}), "select")
     with pytest.raises(BitallocError, match="no scores of the reference"):
         Damage(frame, "report")
 

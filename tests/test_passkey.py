@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 
 from bitalloc import config, passkey
 from bitalloc.errors import BitallocError
+from bitalloc.models import load_model
 from bitalloc.store import Store
 from bitalloc.tables import PASSKEY
 from tests import random_models
@@ -43,6 +44,15 @@ def test_the_digest_of_a_template_is_of_every_part_of_it():
     assert ruler.digest == passkey.Template(**vars(ruler)).digest != passkey.Template(**parts).digest
     # a change of wording or haystack is a new version: change both, and these
     assert {kind: (t.version, t.digest[:8]) for kind, t in passkey.TEMPLATES.items()} == DIGESTS
+
+
+def test_lengths_beyond_the_context_are_left_out(capsys):
+    settings = config.Passkey(kind="world", lengths=[64, 1024])
+    assert passkey.fitting(settings, None) == settings
+    assert passkey.fitting(settings, 1024).lengths == [64]
+    assert "no prompts of [1024]" in capsys.readouterr().err
+    with pytest.raises(BitallocError, match="ask for shorter prompts"):
+        passkey.fitting(settings, 64)
 
 
 def test_a_length_without_room_for_a_haystack_is_refused():
@@ -97,3 +107,12 @@ def test_what_loses_nothing_retains_all_and_a_floor_bears_no_claim(tmp_path: Pat
     assert made == list(models)
     again = passkey.passkey(models, TOKENIZER, settings, identities={name: name for name in models}, **where)
     assert again.equals(frame) and made == list(models)  # from the store, no model is made
+
+
+def test_the_embedded_state_space_knows_keys_well_within_its_trained_length():
+    model = load_model(Path("resources/tiny_mamba2"), device=CPU)
+    template = passkey.TEMPLATES["world"]
+    settings = config.Passkey(kind="world", lengths=[256], depths=8, items=1)
+    asked = passkey.items(TOKENIZER, settings, bos=0, seed=1)
+    found = passkey.answers(model, asked, TOKENIZER, template, batch=8, device=CPU)
+    assert found["right"].mean() >= 0.75  # chance: 0.01

@@ -19,7 +19,7 @@ from tests.test_languages import TINY, files
 
 ROOT = Path(__file__).parents[1]
 BUDGET = 600_000
-SWEEP = ["sweep", "--model", "tiny", "--langs", "en,he,zh", "--bits", "3", "--budget", str(BUDGET), "--sentences", "32"]
+SWEEP = ["sweep", "--model", "tiny", "--langs", "en,he,zh", "--bits", "2", "--budget", str(BUDGET), "--sentences", "40"]
 SWEEP += ["--items", "24", "--pairs", "3", "--batch", "64", "--device", "cpu"]
 
 
@@ -67,7 +67,7 @@ def test_a_sweep_that_was_interrupted_goes_on_where_it_was(swept, monkeypatch, c
     assert {layer.split(".")[2] for layer in first} == {"1"}  # reference twice, nothing, wte and h.0 were there
     read(monkeypatch, limit=0)  # nothing is left to read
     assert main([*SWEEP, f"--out={folder}"]) == 0
-    assert "protect wte" in capsys.readouterr().out
+    assert "protect h.0" in capsys.readouterr().out
 
 
 def test_all_tables_are_there_and_agree(swept):
@@ -78,7 +78,7 @@ def test_all_tables_are_there_and_agree(swept):
     told = json.loads((folder / "out.json").read_text())
     assert len(told["table"]) == len(table)
     protect, units = told["protect"], PROTECTED.read(folder / "protected.parquet")
-    assert protect["units"] == units.loc[units["chosen"], "unit"].tolist() == ["wte"]
+    assert protect["units"] == units.loc[units["chosen"], "unit"].tolist() == ["h.0"]
     assert protect["nbytes"] <= protect["budget_nbytes"] == BUDGET
     assert protect["added_nbytes"] == units.loc[units["chosen"], "nbytes"].sum()
     assert 0 < protect["confidence"] <= 1
@@ -104,12 +104,12 @@ def test_recommend_and_report_need_no_model(swept, monkeypatch, capsys, tmp_path
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert main(["report", str(folder), "--json", "-"]) == 0
     assert before == {path: path.stat().st_mtime_ns for path in folder.iterdir()}  # it may be the workflow's
-    assert json.loads(capsys.readouterr().out)["protect"]["units"] == ["wte"]
+    assert json.loads(capsys.readouterr().out)["protect"]["units"] == ["h.0"]
     assert main(["recommend", str(folder), "--budget", "4.0bpw", "--map", str(tmp_path / "map.json")]) == 0
     told = capsys.readouterr().out
     assert "protect nothing: 0 bytes more" in told
     assert "worst relative damage on the report split" in told
-    assert json.loads((tmp_path / "map.json").read_text()) == {"default": "int3"}
+    assert json.loads((tmp_path / "map.json").read_text()) == {"default": "int2"}
     assert main(["recommend", str(folder), "--budget", "1.3MB"]) == 0
     assert "promises" in capsys.readouterr().out  # three units were never read together
 

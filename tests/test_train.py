@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM
 
 from bitalloc import train
 from bitalloc.families import family
@@ -42,3 +43,17 @@ def test_a_mamba2_is_trained_with_the_tokenizer_of_another_model(tmp_path):
     assert checkpoint.weight("backbone.layers.3.mixer.in_proj").shape == (256 + 384 + 8, 128)
     assert "lm_head.weight" not in checkpoint.names  # tied
     assert (tmp_path / "tokenizer.json").read_bytes() == Path("resources/tiny/tokenizer.json").read_bytes()
+
+
+def test_an_aligned_state_space_begins_by_looking_up_what_followed():
+    """Of the first layer, C of a token meets B of the token behind the same one."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(train.mamba2(64))
+    train.align(model)
+    mixer = model.backbone.layers[0].mixer
+    x_BTD = torch.randn(1, 12, 128)
+    x_BTD[0, 9:] = x_BTD[0, 2:5]  # the tokens 9, 10, 11 repeat 2, 3, 4
+    with torch.no_grad():
+        rows = mixer.in_proj(x_BTD)[..., mixer.intermediate_size : -mixer.num_heads].transpose(1, 2)
+        B_NT, C_NT = mixer.conv1d(rows)[0, :, :12].split([256, 64, 64])[1:]
+    assert (C_NT[:, 11] @ B_NT).argmax() == 5

@@ -49,6 +49,15 @@ def test_items_hold_their_answers():
         assert f"{key}{item.choices[0]};" in item.prompt
 
 
+def test_a_haystack_recalls_at_its_end_what_it_told():
+    here, draw = World(), random.Random(0)
+    for _ in range(50):
+        lines = here.haystack_document(draw).splitlines()
+        keys = {line for line in lines if line.startswith("key ")}
+        assert set(lines[-len(keys) :]) == keys
+        assert all(lines.index(key) < len(lines) - len(keys) for key in keys)
+
+
 def test_docstring_splits_are_disjoint():
     splits = world.docstrings()
     texts = [text for split in splits.values() for text in split]

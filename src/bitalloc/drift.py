@@ -42,7 +42,7 @@ from bitalloc import config
 from bitalloc.errors import BitallocError
 from bitalloc.progress import Progress
 from bitalloc.reader import Reader, greedy
-from bitalloc.scan import scan_path
+from bitalloc.scan import scan_path_of
 from bitalloc.statistics import mean_interval, resample, spearman
 from bitalloc.store import Store, digest
 from bitalloc.tables import DRIFT
@@ -131,13 +131,14 @@ def _strayed(reference: Any, other: Any, ids_BT: torch.Tensor, at: list[int], by
         for start, stop in pairwise(edges):
             piece_BT = ids_BT[:, start:stop]
             p_BTV = readers[0].read(piece_BT).float().log_softmax(-1)
+            expected = [*y_ref]  # of a floor both are one model, and the next read fills both lists
             q_BTV = (_steps(readers[1], piece_BT, by) if by else readers[1].read(piece_BT)).float().log_softmax(-1)
             kl[-1].append((p_BTV.exp() * (p_BTV - q_BTV)).sum(-1).clamp_min(0))  # rounding may leave it below
             top1[-1].append((p_BTV.argmax(-1) == q_BTV.argmax(-1)).float())
             if stop in at:
                 pairs = zip(*(reader.states for reader in readers), strict=True)
                 states.append(torch.stack([_apart(a.flatten(2), b.flatten(2)) for a, b in pairs], 1))
-                readouts.append(torch.stack([_apart(a, b) for a, b in zip(y_ref, y, strict=True)], 1))
+                readouts.append(torch.stack([_apart(a, b) for a, b in zip(expected, y, strict=True)], 1))
                 kl.append([])
                 top1.append([])
     means = (torch.stack([torch.cat(part, 1).mean(1) for part in whole if part], 1) for whole in (kl, top1))
@@ -252,12 +253,18 @@ def drift(
 
     @cache
     def reference() -> Any:
-        return models[REFERENCE]()
+        model = models[REFERENCE]()
+        if (kind := model.config.model_type) != "mamba2":
+            raise BitallocError(
+                f"drift is that of the state of a Mamba2, and a {kind} has none; ask for passkey.parquet"
+            )
+        return model
 
     def of_reference() -> dict[str, np.ndarray]:
         tokens_NT, broken_N = running(reference(), ids_NT, settings)
         half_LH = half_lives(reference(), ids_NT, batch=settings.batch)
-        return {"half_life": half_LH, "tokens": tokens_NT, "broken": broken_N}
+        path = scan_path_of(reference(), device)
+        return {"half_life": half_LH, "tokens": tokens_NT, "broken": broken_N, "scan_path": path}
 
     def of_other(name: str) -> dict[str, np.ndarray]:
         floor = name in (STEP, BF16)
@@ -281,7 +288,7 @@ def drift(
         rows += _strayed_rows(name, found, at, base["half_life"], counts_RN)
         if "tokens" in found:
             rows += _running(name, base, found, counts_RN)
-    shared = {"scan_path": scan_path(device), "state_dtype": "float32", "seed": seed}
+    shared = {"scan_path": base["scan_path"].item(), "state_dtype": "float32", "seed": seed}
     frame = pd.DataFrame(rows).assign(**shared)
     frame.loc[frame["scheme"] == BF16, "state_dtype"] = "bfloat16"
     return frame[[column.name for column in DRIFT.columns]]

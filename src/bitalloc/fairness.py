@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 
 from bitalloc.errors import BitallocError
-from bitalloc.statistics import Estimate, mean_interval, resample, share_interval, units_drawn
+from bitalloc.statistics import MIN_CLUSTERS, Estimate, mean_interval, resample, share_interval, units_drawn
 from bitalloc.statistics.intervals import PSEUDO_ITEMS
 from bitalloc.statistics.ranks import spearman
 from bitalloc.statistics.verdicts import NOT_RUN, above, below
@@ -167,6 +167,8 @@ class Damage:
         wide = self._wide(reference)
         self._of = {name: wide(name) for name in ("ntokens", "nbytes", "nchars", "unigram_nats")}
         self.reference_LI, group_I = wide("nll_nats"), wide("group")[0]
+        if len(np.unique(group_I)) < MIN_CLUSTERS:  # groups would stand still, and intervals be far too narrow
+            raise BitallocError(f"{split}: {len(np.unique(group_I))} groups of sentences, {MIN_CLUSTERS} are needed")
         self.units = units_drawn(group_I)
         self.counts_RI = resample(group_I, resamples, np.random.default_rng([seed, *split.encode()])).astype(float)
         self._sums_RL = self.counts_RI @ self.reference_LI.T

@@ -25,6 +25,7 @@ import torch
 from tokenizers import Tokenizer
 
 from bitalloc import fairness, precision
+from bitalloc.config import Config
 from bitalloc.errors import BitallocError, nearest
 from bitalloc.fairness import ALLOCATOR, ENGLISH, ENGLISH_ONLY, FAIR, NONE, PATTERN, RANDOM, REFERENCE, Set, Units
 from bitalloc.models import Checkpoint, context_length, load_model, set_weight
@@ -32,6 +33,7 @@ from bitalloc.option import Option
 from bitalloc.progress import Progress
 from bitalloc.provenance import source_digest
 from bitalloc.quant.absmax import absmax
+from bitalloc.statistics import MIN_CLUSTERS
 from bitalloc.store import Store
 from bitalloc.strategies import Instance
 from bitalloc.strategies.optimal import solve
@@ -40,7 +42,7 @@ from bitalloc.suites.scoring import Memory, Scored, windows_place
 from bitalloc.tables import SENTENCES
 from bitalloc.world import ATTRIBUTES, LANGUAGES, World
 
-LEAST = 16  # aligned groups of sentences: fewer on a side give no interval worth the name
+LEAST = 2 * MIN_CLUSTERS  # aligned groups of sentences: fewer on a side are no sample
 WINDOW = 512  # tokens of a language: as many as a context, or these
 UNKNOWN = 0.01  # share of characters that a tokenizer may lose
 HIGH, LOW = {3: "int3", 4: "int4", 8: "int8", 16: "fp16"}, {2: "int2", 3: "int3", 4: "int4", 8: "int8"}
@@ -347,6 +349,11 @@ def windows(text: pd.DataFrame) -> pd.DataFrame:
     """PARALLEL as TOKENS: a corpus for each language, a window for each sentence."""
     named = text.rename(columns={"language": "corpus", "sentence": "window"})
     return named[["split", "corpus", "window", "tokens", "nbytes"]]
+
+
+def batch(text: pd.DataFrame, settings: Config) -> int:
+    """Sentences a forward pass, of as many tokens as the evaluation reads in windows."""
+    return settings.evaluate.batch * max(1, settings.retrieve.window // text["tokens"].map(len).max())
 
 
 def of_responses(responses: pd.DataFrame, text: pd.DataFrame, model: str) -> tuple[pd.DataFrame, pd.DataFrame]:

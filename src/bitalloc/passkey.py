@@ -16,7 +16,9 @@ Where the reference is at its floor (lower end of its interval not above chance)
 
 from __future__ import annotations
 
+import math
 import random
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -32,7 +34,7 @@ from bitalloc import config
 from bitalloc.errors import BitallocError
 from bitalloc.progress import Progress
 from bitalloc.reader import Reader, greedy
-from bitalloc.scan import scan_path
+from bitalloc.scan import scan_path_of
 from bitalloc.statistics import jackknife, share_interval
 from bitalloc.store import Store, digest
 from bitalloc.tables import PASSKEY
@@ -147,6 +149,17 @@ def _prompt(
     return ids[-wanted:], whole[len(ids) :]
 
 
+def fitting(settings: config.Passkey, context: int | None) -> config.Passkey:
+    """The settings without lengths that a model of so much context cannot read; says which on stderr."""
+    room = (context or math.inf) - max(TEMPLATES[settings.kind].new_tokens, TEMPLATES[settings.kind].digits + 1)
+    lengths = [length for length in settings.lengths if length <= room]
+    if not lengths:
+        raise BitallocError(f"passkey.lengths: the model takes {context} tokens in all; ask for shorter prompts")
+    if left := sorted(set(settings.lengths) - set(lengths)):
+        print(f"[passkey] the model takes {context} tokens in all: no prompts of {left}", file=sys.stderr, flush=True)
+    return settings.model_copy(update={"lengths": lengths})
+
+
 # ---- measurement -------------------------------------------------------------------------------------
 @torch.inference_mode()
 def answers(
@@ -206,17 +219,17 @@ def passkey(
             if record is None:
                 model = model or make()
                 said = answers(model, part, tokenizer, template, batch=_fits(settings, length), device=device)
-                record = said.to_dict("list")
+                record = {"said": said.to_dict("list"), "scan_path": scan_path_of(model, device)}
                 store.put(key, record)
                 progress.advance(len(part), note=f"{name}, {length} tokens")
-            parts.append(pd.DataFrame(record, index=part.index))
+            parts.append(pd.DataFrame(record["said"], index=part.index))
         found[name] = asked[["length", "depth"]].join(pd.concat(parts))
     shared = {
         "kind": template.kind,
         "template_version": template.version,
         "template_digest": template.digest,
         "chance": template.chance,
-        "scan_path": scan_path(device),
+        "scan_path": record["scan_path"],
         "seed": seed,
     }
     rows = summary(found, template.chance)

@@ -123,6 +123,12 @@ def scan_path(device: torch.device) -> str:
     return KERNELS if _kernels(device) else LIBRARY
 
 
+def scan_path_of(model: Any, device: torch.device) -> str | None:
+    """The same of a model; None for one that does not scan."""
+    kind = getattr(getattr(model, "config", None), "model_type", "")
+    return scan_path(device) if kind == "mamba2" else None
+
+
 def _put(function: Callable[..., Any]) -> None:
     from transformers.models.mamba2 import modeling_mamba2
 

@@ -765,7 +765,9 @@ PASSKEY = Table(
         Column("template_version", INT, "of the wording and the haystack"),
         Column("template_digest", STR, "SHA-256 of the template"),
         Column("chance", FLOAT, "accuracy of guessing"),
-        Column("scan_path", STR, "how prompts were scanned: matrix, transformers or cuda kernels"),
+        Column(
+            "scan_path", STR, "how a state space scanned prompts: matrix, transformers, cuda kernels", nullable=True
+        ),
         Column("seed", INT, "of the items"),
     ),
 )

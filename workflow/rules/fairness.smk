@@ -34,7 +34,7 @@ rule fairness_sensitivity:
     resources:
         gpu=gpu,
     params:
-        settings=section("fairness", "evaluate", "sensitivity", "sweep", "store", "device", "seed"),
+        settings=section("fairness", "retrieve", "evaluate", "sensitivity", "sweep", "store", "device", "seed"),
         sheet=sheet,
         code=code("languages", "sensitivity"),
     script:
@@ -81,7 +81,7 @@ rule fairness_sweep:
     resources:
         gpu=gpu,
     params:
-        settings=section("fairness", "evaluate", "store", "device", "seed"),
+        settings=section("fairness", "retrieve", "evaluate", "store", "device", "seed"),
         sheet=sheet,
         code=code("languages", "quant_fairness"),
     script:
@@ -109,7 +109,7 @@ rule fairness_evaluate:
     resources:
         gpu=gpu,
     params:
-        settings=section("fairness", "evaluate", "sweep", "store", "device", "seed"),
+        settings=section("fairness", "retrieve", "evaluate", "sweep", "store", "device", "seed"),
         sheet=sheet,
         code=code("languages", "evaluate"),
     script:

@@ -37,7 +37,7 @@ def failure_modes(
     with page(13.5, 8.2, path) as figure:
         bottom, top = headline(figure, sentence(tables, scheme), footer)
         bottom, top = bottom + 0.06, top - 0.04
-        grid = figure.add_gridspec(2, 2, left=0.085, right=0.92, bottom=bottom, top=top, wspace=0.62, hspace=0.42)
+        grid = figure.add_gridspec(2, 2, left=0.095, right=0.92, bottom=bottom, top=top, wspace=0.62, hspace=0.42)
         _predictions(figure.add_subplot(grid[0, 0]), tables["schemes"])
         _keys(figure.add_subplot(grid[0, 1]), tables["passkey"])
         _state(figure.add_subplot(grid[1, 0]), drift)
@@ -53,7 +53,7 @@ def _told(tables: dict[str, pd.DataFrame], scheme: str) -> str:
     said = []
     rows = tables["schemes"].query("scheme == @scheme")
     if len(rows):
-        said.append(f"KL {_span(rows['kl_nats_per_token'], '.2g')} nats a token")
+        said.append(f"KL {_span(rows['kl_nats_per_token'], '.1g')} nats a token")
     keys = tables["passkey"].query("scheme == @scheme and depth == @ALL_DEPTHS and status == 'ok'")
     if len(keys):
         said.append(f"keeps {_span(100 * keys['retention'], '.0f')} % of the keys")
@@ -109,10 +109,20 @@ def _predictions(axes: Axes, schemes: pd.DataFrame) -> None:
         axes.plot([], [], CORPORA[place % 4], color=INK, mfc="white", ms=5, label=task.partition("/")[0])
     axes.legend(frameon=False, fontsize=7.5, loc="best")
     axes.set_xscale("log")
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), [_lines(name) for name in names], size=7.5)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlabel("KL to the unquantised model, nats a token")
     axes.set_title("a  Predictions")
+
+
+def _lines(scheme: str) -> str:
+    """
+    >>> _lines("w4a4+gptq+online+folded+dp").splitlines()
+    ['w4a4', '+gptq+online', '+folded+dp']
+    """
+    base, *techniques = scheme.split("+")
+    pairs = ["".join(f"+{name}" for name in techniques[k : k + 2]) for k in range(0, len(techniques), 2)]
+    return "\n".join([base, *pairs])
 
 
 def _keys(axes: Axes, passkey: pd.DataFrame) -> None:
