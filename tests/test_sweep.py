@@ -137,7 +137,9 @@ def test_a_unit_says_first_what_is_left_of_the_sweep_and_of_itself(tmp_path, cap
     layer, option = parse_unit("block-001.q_proj", FAMILY, SETTINGS)[0], options(SETTINGS)[:1]
     world.experiments(SETTINGS).rows(layer, option)
     run(world, "block-001", SETTINGS)
-    assert capsys.readouterr().err.splitlines() == [
+    said = capsys.readouterr().err.splitlines()
+    # progress is told between them where the machine is slow
+    assert [line for line in said if line.startswith("[sweep] ")] == [
         "[sweep] small: 0 of 56 experiments are in the store, 56 to do; 28 of them in block-000",
         "[sweep] small: 29 of 56 experiments are in the store, 27 to do; 27 of them in block-001",
     ]

@@ -144,6 +144,9 @@ def prepare(*modules: str) -> None:
     for module in ("transformers.models.auto.modeling_auto", *modules):
         with suppress(ImportError):
             importlib.import_module(module)
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # every process would say again which kernels are not installed
 
 
 def load(variant: Variant) -> Loaded:

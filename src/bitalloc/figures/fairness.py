@@ -69,7 +69,7 @@ def fairness_plans(table: pd.DataFrame, path: Path) -> None:
     budgets = list(dict.fromkeys(table["budget"]))
     worst = table[table["metric"] == "worst_rel"]
     arms = [arm for arm in PLANNED if (worst["arm"] == arm).any()]
-    height, width = 2 * LINE * len(arms) + 2.5, max(7.0, 1.6 + 3.4 * len(budgets))
+    height, width = 2 * LINE * len(arms) + 2.5, max(7.0, 1.8 + 3.4 * len(budgets))
     n = int(worst["n"].max())
     footer = (
         "Relative damage: nats that aligned sentences cost more, as a share of what the unquantised model needs, of "
@@ -79,7 +79,7 @@ def fairness_plans(table: pd.DataFrame, path: Path) -> None:
     with page(width, height, path) as figure:
         bottom, top = headline(figure, sentence_of_plans(worst), footer, size=11.5)
         grid = figure.add_gridspec(
-            1, len(budgets), left=1.45 / width, right=1 - 0.3 / width, bottom=bottom + 0.5 / height,
+            1, len(budgets), left=1.6 / width, right=1 - 0.3 / width, bottom=bottom + 0.5 / height,
             top=top - 0.35 / height, wspace=0.15,
         )  # fmt: skip
         for place, budget in enumerate(budgets):
@@ -106,7 +106,7 @@ def sentence_of_plans(worst: pd.DataFrame) -> str:
         return "No language is better known than its byte unigrams: nothing is ranked"
     change = at["fair"] / at["allocator"] - 1
     least, most = change.min(), change.max()
-    return f"Bits for the worst-off language change its damage by {least:+.0%} to {most:+.0%} against none in view"
+    return f"Bits chosen for the worst-off language: its damage {least:+.0%} to {most:+.0%} beside languages ignored"
 
 
 def sentence(table: pd.DataFrame) -> str:

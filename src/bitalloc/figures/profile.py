@@ -113,8 +113,8 @@ def _axes(axes: Axes, lengths: list[float], *, log: bool) -> None:
 
 
 def _minor(y: float, _: int) -> str:
-    """Minor ticks bear 2 and 5 alone."""
-    return f"{y:,.0f}" if y and round(y / 10 ** np.floor(np.log10(y))) in (2, 5) else ""
+    """Minor ticks bear 2, 3, 5 and 7 alone."""
+    return f"{y:,.0f}" if y and round(y / 10 ** np.floor(np.log10(y))) in (2, 3, 5, 7) else ""
 
 
 def _gone(axes: Axes, part: pd.DataFrame, names: list[str]) -> None:
@@ -148,7 +148,7 @@ def _footer(frame: pd.DataFrame, model: str, simulated: list[str]) -> str:
         "intervals of the median; memory: high-water mark of a process that does nothing else, once"
     ]
     if simulated:
-        parts.append(f"left out, rounded but computed in full: {', '.join(simulated)}")
+        parts.append(f"Left out, rounded but computed in full: {', '.join(simulated)}")
     refused = frame[frame["metric"] == "load_s"]
     for row in refused[refused["value"].isna()].itertuples():
         parts.append(f"{row.variant}: {row.status}")
