@@ -6,7 +6,7 @@ import pytest
 from bitalloc import tables
 
 pytestmark = pytest.mark.workflow
-SMALL = {"languages": ["en", "zh"], "sentences": 32, "pairs": 1, "seeds": 2}
+SMALL = {"languages": ["en", "zh"], "sentences": 48, "pairs": 1, "seeds": 2}
 
 
 def test_sets_and_plans_are_compared_by_language_within_their_bytes(project):
