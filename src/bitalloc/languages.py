@@ -353,7 +353,7 @@ def windows(text: pd.DataFrame) -> pd.DataFrame:
 
 def batch(text: pd.DataFrame, settings: Config) -> int:
     """Sentences a forward pass, of as many tokens as the evaluation reads in windows."""
-    return settings.evaluate.batch * max(1, settings.retrieve.window // text["tokens"].map(len).max())
+    return settings.evaluate.batch * max(1, settings.retrieve.window // int(text["tokens"].map(len).max()))
 
 
 def of_responses(responses: pd.DataFrame, text: pd.DataFrame, model: str) -> tuple[pd.DataFrame, pd.DataFrame]:
