@@ -230,7 +230,7 @@ def planted(kept: frozenset[str]):
 
 @pytest.mark.parametrize("exhaustive", [64, 0])
 def test_a_pair_whose_members_do_nothing_alone_is_found(monkeypatch, exhaustive):
-    monkeypatch.setattr(fairness, "EXHAUSTIVE", exhaustive)
+    monkeypatch.setattr("bitalloc.fairness.search.EXHAUSTIVE", exhaustive)
     damage, measure, _ = world(planted)
     search = Search(UNITS, 1040, damage, measure)
     search.explore(worst)
@@ -258,7 +258,7 @@ def test_pairs_are_limited_to_the_best_units():
 
 def test_the_search_goes_beyond_pairs_and_never_over_the_budget(monkeypatch):
     """Ten blocks, three of which matter: too many sets to measure all."""
-    monkeypatch.setattr(fairness, "EXHAUSTIVE", 0)
+    monkeypatch.setattr("bitalloc.fairness.search.EXHAUSTIVE", 0)
     units = Units({f"h.{n}": 10 for n in range(10)}, base=1000, rest=0, weights=1000)
     monkeypatch.setattr(sys.modules[__name__], "UNITS", units)
     damage, measure, asked = world(lambda kept: [0.3 - 0.08 * len(kept & {"h.2", "h.5", "h.7"})] * 3)
