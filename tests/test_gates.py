@@ -130,6 +130,14 @@ def test_fit_go(form, tmp_path):
     assert verdict("fit", frame, tmp_path)["route"] == "law"
 
 
+def test_a_kind_that_the_model_has_not_is_not_asked_for(tmp_path):
+    frame = law_frame()
+    mixers = frame[~frame["scope"].isin(["attention", "mlp"])]
+    rows = checked(gates.gate_fit(law=mixers, gates=STOP, form="multiplicative"), tmp_path)
+    assert {"r2_attention", "r2_mlp"}.isdisjoint(rows.index) and rows["go"].all()
+    assert not gates.gate_fit(law=mixers.iloc[:0], gates=STOP, form="multiplicative")["go"].any()
+
+
 @pytest.mark.parametrize("low", ["pooled_r2_log", "pooled_r2_loo", "pooled_r2_rank", "attention_r2_log", "mlp_r2_log"])
 def test_fit_falls_back_to_interpolation(low, tmp_path):
     found = verdict("fit", gates.gate_fit(law=law_frame(**{low: 0.1}), gates=STOP, form="multiplicative"), tmp_path)

@@ -68,8 +68,10 @@ def gate_sweep(
 def gate_fit(*, law: pd.DataFrame, gates: Gates, form: str) -> pd.DataFrame:
     """Does the law of `form` hold: pooled, for options and ranks it has not seen, and on both kinds of matrix?
 
-    beta and the decay with rank (delta, or kappa of the exponential law) are the lower ends of their intervals.
+    beta and the decay with rank (delta, or kappa of the exponential law) are the lower ends of their intervals. A kind
+    of matrix that the model has not, as in Mamba2, is not asked for.
     """
+    kinds = set(law["scope"]) if len(law) else {"attention", "mlp"}
     found = law.set_index(["form", "scope", "statistic"])
 
     def read(statistic: str, *, scope: str = "pooled", of: str = form, column: str = "value") -> tuple[Any, str]:
@@ -85,8 +87,7 @@ def gate_fit(*, law: pd.DataFrame, gates: Gates, form: str) -> pd.DataFrame:
         r2_interpolation=read("r2_loo", of="interpolation"),
         beta=read("beta", column="lo"),
         delta=read("kappa" if form == "exponential" else "delta", column="lo"),
-        r2_attention=read("r2_log", scope="attention"),
-        r2_mlp=read("r2_log", scope="mlp"),
+        **{f"r2_{kind}": read("r2_log", scope=kind) for kind in ("attention", "mlp") if kind in kinds},
     )
 
 
