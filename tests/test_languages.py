@@ -248,3 +248,14 @@ def test_scores_that_are_not_finite_are_one_line(tmp_path, text, inventory):
 
     with pytest.raises(BitallocError, match="protecting none leaves NaN or Inf in the scores"):
         bench(tmp_path, text, inventory, Broken).sentences(NONE, "select")
+
+
+def test_items_that_can_be_asked_are_multiple_choice_in_a_language_of_the_text():
+    text = pd.DataFrame({"language": ["en", "he"]})
+    items = pd.DataFrame(
+        {"item": range(4), "group": ["en", "he", "depth 1", "en"], "choices": [[1, 2], [1, 2], [1, 2], [1]]}
+    )
+    assert list(languages.spoken(items, text)["item"]) == [0, 1]
+    assert languages.spoken(items.iloc[:0], text).empty
+    nothing = pd.DataFrame(columns=["task", "item", "group", "choices"], dtype=object)
+    assert languages.spoken(nothing, text).empty

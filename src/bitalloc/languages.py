@@ -371,7 +371,9 @@ def of_responses(responses: pd.DataFrame, text: pd.DataFrame, model: str) -> tup
 
 def spoken(items: pd.DataFrame, text: pd.DataFrame) -> pd.DataFrame:
     """The multiple-choice items whose group is one of the languages of the text."""
-    several = items["choices"].map(len) > 1 if len(items) else []
+    if items.empty:  # columns of no type
+        return items
+    several = items["choices"].map(len) > 1
     return items[several & items["group"].isin(set(text["language"]))].reset_index(drop=True)
 
 
