@@ -11,7 +11,7 @@ from bitalloc.tables import BACKENDS, GATES, verdicts
 
 def main(*, model: str, parts: list[Path], path_to_table: Path, path_to_figure: Path) -> None:
     BACKENDS.merge(parts, path_to_table)
-    gates = pd.DataFrame(verdicts(path_to_table), columns=[column.name for column in GATES.columns])
+    gates = pd.DataFrame(verdicts(path_to_table), columns=GATES.names)
     figures.backends(BACKENDS.read(path_to_table), path_to_figure, figures.stamp(gates), model=model)
 
 

@@ -34,7 +34,7 @@ def main(*, inputs: dict[str, Path], settings: Config, remote_code: bool, path_t
         own = read[0][read[0]["language"] == language]
         nll = own["nll_nats"].sum() / own["ntokens"].sum()
         parts.append(frame.assign(language=language, reference_nll_nats_per_token=nll, floor=language in floor))
-    LANGUAGES.write(pd.concat(parts)[[column.name for column in LANGUAGES.columns]], path_to_languages)
+    LANGUAGES.write(pd.concat(parts)[LANGUAGES.names], path_to_languages)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def main(*, inputs: dict[str, Path], settings: Config, remote_code: bool, output
     SENTENCES.write(found.sentences, outputs["sentences"])
     SETS.write(found.sets, outputs["sets"])
     ARMS.write(found.arms, outputs["arms"])
-    answers = pd.DataFrame(columns=[column.name for column in ANSWERS.columns])
+    answers = pd.DataFrame(columns=ANSWERS.names)
     ANSWERS.write(answers if found.answers is None else found.answers, outputs["answers"])
 
 

@@ -21,7 +21,7 @@ def main(*, path_to_checkpoint: Path, settings: Config, path_to_text: Path) -> N
         text = languages.built_in(asked.languages)
     text = languages.tokenise(text, load_tokenizer(folder), read_config(folder))
     text = languages.split(text, sentences=asked.sentences, seed=settings.seed)
-    PARALLEL.write(text[[column.name for column in PARALLEL.columns]], path_to_text)
+    PARALLEL.write(text[PARALLEL.names], path_to_text)
 
 
 if __name__ == "__main__":

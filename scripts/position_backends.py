@@ -43,8 +43,7 @@ def main(
                         speed=True,
                     )
                 )
-    columns = [column.name for column in BACKENDS.columns]
-    BACKENDS.write(pd.concat(frames) if frames else pd.DataFrame(columns=columns), path_to_table)
+    BACKENDS.write(pd.concat(frames) if frames else pd.DataFrame(columns=BACKENDS.names), path_to_table)
 
 
 if __name__ == "__main__":

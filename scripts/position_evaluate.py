@@ -37,7 +37,7 @@ def main(
         experiments=Experiments(
             checkpoint=checkpoint,
             inventory=inventory,
-            moments=pd.DataFrame(columns=[column.name for column in MOMENTS.columns]),  # these plans need none
+            moments=pd.DataFrame(columns=MOMENTS.names),  # these plans need none
             store=store,
             sweep=settings.sweep,
             device=device,

@@ -30,7 +30,7 @@ ENDS = {
     "gpt2": ["wte", "wpe"], "opt": ["wte", "wpe", "project_in", "project_out"], "qwen2": ["wte"],
     "llama": ["wte"], "mistral": ["wte"], "phi": ["wte"], "mamba2": ["wte"],
 }  # fmt: skip
-NO_MOMENTS = pd.DataFrame(columns=[column.name for column in MOMENTS.columns])
+NO_MOMENTS = pd.DataFrame(columns=MOMENTS.names)
 CHAMPION = {"wte,wpe": "int8", "h.1-h.3.mlp": "fp16", "h.11.attn": "fp16", "ln_f": "fp32", "default": "int8"}
 
 

@@ -128,7 +128,7 @@ def evaluate(
         statistics.append(record["statistics"].assign(plan=name))
         protocols |= {(name, *place): protocol for place, protocol in record["protocols"].items()}
         chances |= record["chances"]
-    responses = pd.concat(rows, ignore_index=True)[[column.name for column in RESPONSES.columns]]
+    responses = pd.concat(rows, ignore_index=True)[RESPONSES.names]
     whole = pd.concat(statistics, ignore_index=True)
     return summarise(responses, protocols, chances, whole, resamples=settings.resamples, seed=seed), responses
 
@@ -484,4 +484,4 @@ def summarise(
     places = list(frame[["suite", "task", "metric"]].itertuples(index=False, name=None))
     frame["chance"] = [chances.get(place, np.nan) for place in places]
     frame["status"] = ["floor" if place in floors else "ok" for place in places]
-    return frame[[column.name for column in EVALUATE.columns]]
+    return frame[EVALUATE.names]

@@ -80,7 +80,7 @@ class Experiments:
         for _, site in itertools.groupby(layers, key=lambda layer: self._layer(layer)["site"]):
             records |= self._records([(layer, option) for layer in site for option in options], progress)
         found = [self._row(layer, option, records[layer, option]) for layer in layers for option in options]
-        return pd.DataFrame(found, columns=[column.name for column in SWEEP.columns])
+        return pd.DataFrame(found, columns=SWEEP.names)
 
     def stored(self, layers: Iterable[str], options: Sequence[Option]) -> int:
         """How many of `layers` x `options` stand in the store; only `rows` finds out whether they are sound."""

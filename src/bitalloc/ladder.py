@@ -146,7 +146,7 @@ def ladder(bench: Bench) -> pd.DataFrame:
     rows = _rows(bench, Scheme(REFERENCE, dtype=str(bench.model.dtype).removeprefix("torch.")), found)
     for scheme in schemes:
         rows += _rows(bench, scheme, found)
-    return pd.DataFrame(rows)[[column.name for column in SCHEMES.columns]]
+    return pd.DataFrame(rows)[SCHEMES.names]
 
 
 def _reference(bench: Bench) -> JSON:

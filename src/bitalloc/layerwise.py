@@ -45,7 +45,7 @@ def layerwise(bench: Bench) -> pd.DataFrame:
         for mode, part, record in _measured(bench, scheme, parts, progress):
             whole = record if mode == ALL else whole
             rows.append(_row(bench, scheme, mode, part, (record, whole)))
-    return pd.DataFrame(rows)[[column.name for column in LAYERWISE.columns]]
+    return pd.DataFrame(rows)[LAYERWISE.names]
 
 
 def _parts(matrix: Matrix) -> list[_Part]:

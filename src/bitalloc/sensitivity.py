@@ -99,7 +99,7 @@ def sensitivity(
             progress.advance(note=f"{signal} {layer}")
         for layer in layers:
             rows.append(_row(signal, errors.loc[layer], found[layer]["kl"], windows["corpus"], seed) | {"layer": layer})
-    return pd.DataFrame(rows)[[column.name for column in SENSITIVITY.columns]]
+    return pd.DataFrame(rows)[SENSITIVITY.names]
 
 
 def _row(signal: str, error: pd.Series, kl_W: list[float], corpus: pd.Series, seed: int) -> dict[str, Any]:

@@ -37,19 +37,22 @@ class Table:
     columns: tuple[Column, ...]
 
     @property
+    def names(self) -> list[str]:
+        """Names of the columns, in order."""
+        return [column.name for column in self.columns]
+
+    @property
     def schema(self) -> pa.Schema:
         return pa.schema([pa.field(c.name, c.type, nullable=c.nullable) for c in self.columns])
 
     def write(self, frame: pd.DataFrame, path: Path, *, verdicts: Sequence[Mapping] = ()) -> None:
         """Write `frame` atomically; raises `BitallocError` when it departs from the schema."""
-        names = [c.name for c in self.columns]
-        if set(frame.columns) != set(names):
-            off = sorted(set(frame.columns) ^ set(names))
+        if off := sorted(set(frame.columns) ^ set(self.names)):
             raise BitallocError(f"table {self.name}: columns {off} are missing or unknown; see bitalloc/tables")
         if frame.duplicated(list(self.key)).any():
             raise BitallocError(f"table {self.name}: two rows share one key {self.key}")
         try:
-            table = pa.Table.from_pandas(frame[names], schema=self.schema, preserve_index=False, safe=True)
+            table = pa.Table.from_pandas(frame[self.names], schema=self.schema, preserve_index=False, safe=True)
             table.validate(full=True)
         except (pa.ArrowInvalid, pa.ArrowTypeError, ValueError) as error:
             raise BitallocError(f"table {self.name}: {str(error).splitlines()[0]}") from None
