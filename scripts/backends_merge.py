@@ -16,10 +16,10 @@ def main(*, model: str, parts: list[Path], path_to_table: Path, path_to_figure: 
 
 
 if __name__ == "__main__":
-    with stage(snakemake):
+    with stage(snakemake) as job:
         main(
             model=snakemake.wildcards.model,
             parts=[Path(part) for part in snakemake.input],
-            path_to_table=Path(snakemake.output.table),
-            path_to_figure=Path(snakemake.output.figure),
+            path_to_table=job.outputs["table"],
+            path_to_figure=job.outputs["figure"],
         )

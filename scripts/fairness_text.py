@@ -25,9 +25,5 @@ def main(*, path_to_checkpoint: Path, settings: Config, path_to_text: Path) -> N
 
 
 if __name__ == "__main__":
-    with stage(snakemake):
-        main(
-            path_to_checkpoint=Path(snakemake.input.checkpoint),
-            settings=Config(**snakemake.params.settings),
-            path_to_text=Path(snakemake.output[0]),
-        )
+    with stage(snakemake) as job:
+        main(path_to_checkpoint=job.inputs["checkpoint"], settings=job.settings, path_to_text=job.output)

@@ -15,8 +15,5 @@ def main(*, paths_to_verdicts: list[Path], path_to_gates: Path) -> None:
 
 
 if __name__ == "__main__":
-    with stage(snakemake):
-        main(
-            paths_to_verdicts=[Path(path) for path in snakemake.input],
-            path_to_gates=Path(snakemake.output[0]),
-        )
+    with stage(snakemake) as job:
+        main(paths_to_verdicts=[Path(path) for path in snakemake.input], path_to_gates=job.output)

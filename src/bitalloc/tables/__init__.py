@@ -29,7 +29,7 @@ from bitalloc.tables.chain import (
     without_arms,
 )
 from bitalloc.tables.fairness import ANSWERS, ARMS, FAIRNESS, LANGUAGES, PARALLEL, PROTECTED, SENTENCES, SETS, SYNERGY
-from bitalloc.tables.schema import Column, Table, verdicts
+from bitalloc.tables.schema import Column, Table, as_verdicts, verdicts
 from bitalloc.tables.scores import (
     BACKENDS,
     CONTROLS,

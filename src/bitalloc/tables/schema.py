@@ -82,6 +82,11 @@ class Table:
         return table.to_pandas(ignore_metadata=True)
 
 
+def as_verdicts(gates: pd.DataFrame) -> list[dict]:
+    """Rows of `GATES` as `Table.write` takes them; what could not be measured is null."""
+    return gates.astype(object).where(gates.notna(), None).to_dict("records")
+
+
 def verdicts(path: Path) -> list[dict]:
     """The gate verdicts that the table at `path` stands on (rows of `GATES`)."""
     metadata = pq.read_schema(path).metadata or {}
