@@ -4,8 +4,8 @@ from pathlib import Path
 
 from bitalloc.config import Config
 from bitalloc.drift import drift, sequences
-from bitalloc.ladder import open_bench
 from bitalloc.provenance import source_digest
+from bitalloc.schemes.ladder import open_bench
 from bitalloc.script import stage
 from bitalloc.store import digest
 from bitalloc.tables import DRIFT, TOKENS

@@ -4,10 +4,10 @@ from pathlib import Path
 
 from bitalloc.config import Config
 from bitalloc.corpus import load_tokenizer
-from bitalloc.ladder import open_bench
 from bitalloc.models import context_length, read_config
 from bitalloc.passkey import fitting, passkey
 from bitalloc.provenance import source_digest
+from bitalloc.schemes.ladder import open_bench
 from bitalloc.script import stage
 from bitalloc.store import digest
 from bitalloc.tables import PASSKEY

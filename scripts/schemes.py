@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from bitalloc.config import Config
-from bitalloc.ladder import ladder, open_bench
+from bitalloc.schemes.ladder import ladder, open_bench
 from bitalloc.script import stage
 from bitalloc.tables import SCHEMES
 

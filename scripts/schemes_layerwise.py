@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from bitalloc.config import Config
-from bitalloc.ladder import open_bench
-from bitalloc.layerwise import layerwise
+from bitalloc.schemes.ladder import open_bench
+from bitalloc.schemes.layerwise import layerwise
 from bitalloc.script import stage
 from bitalloc.tables import LAYERWISE
 

@@ -66,3 +66,8 @@ def test_the_identity_of_a_cached_table_follows_all_that_it_depends_on(tmp_path)
     inputs["inventory"].unlink()
     with pytest.raises(FileNotFoundError):
         provenance.identity(wildcards, inputs, store)
+
+
+def test_a_module_that_was_moved_is_no_empty_digest():
+    with pytest.raises(ModuleNotFoundError, match=r"bitalloc\.swep"):
+        provenance.source_digest("bitalloc.sweep", "bitalloc.swep")

@@ -16,9 +16,9 @@ import pandas as pd
 import torch
 
 from bitalloc.errors import BitallocError
-from bitalloc.ladder import Bench, ends, parse
 from bitalloc.progress import Progress
 from bitalloc.schemes import Matrix, QuantLinear, Scheme, apply
+from bitalloc.schemes.ladder import Bench, ends, parse
 from bitalloc.store import JSON, digest
 from bitalloc.suites import Head
 from bitalloc.tables import LAYERWISE
