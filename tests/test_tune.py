@@ -218,6 +218,19 @@ def test_killed_run_goes_on_at_the_first_unfinished_block(
     assert tuned_blocks == [1]
 
 
+def test_a_model_too_large_for_the_polish_is_refused_before_the_blocks(
+    bench: Small, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = bench.random_plan(8)
+    weights = (bench.inventory["rows"] * bench.inventory["columns"])[bench.inventory["claimed"]].sum()
+    monkeypatch.setattr(stage, "total_memory", lambda _: 10 * weights)
+    monkeypatch.setattr(stage._Run, "_block", lambda *_: pytest.fail("a block was learned"))
+    with pytest.raises(BitallocError, match=r"takes some \d+ GB, cpu has \d+: set tune.polish to 0"):
+        run(bench, plan)
+    with pytest.raises(pytest.fail.Exception):
+        run(bench, plan, FAST.model_copy(update={"polish": 0}))
+
+
 def test_never_more_than_a_block_until_the_whole_is_judged(
     bench: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,7 +31,7 @@ from torch.func import functional_call
 from bitalloc.config import Tune
 from bitalloc.errors import BitallocError
 from bitalloc.experiments import Experiments
-from bitalloc.models import load_model, read_config, set_weight, working_dtype
+from bitalloc.models import load_model, read_config, set_weight, total_memory, working_dtype
 from bitalloc.option import PASS_THROUGH, Option, from_row
 from bitalloc.progress import Progress
 from bitalloc.provenance import source_digest
@@ -43,6 +43,7 @@ from bitalloc.suites.scoring import Head, Windows, compare, hidden
 from bitalloc.tables import TUNED, TUNED_OPTIONS
 
 BLOCK, POLISH, SELECT = "block", "polish", "select"
+POLISH_NBYTES = 38  # a learned weight: it, its gradient, Adam's two, the best so far, and what backward needs of it
 LOGITS = 2**25  # entries of [N, T, V] that are in memory at once
 
 
@@ -59,9 +60,12 @@ def tune(
 ) -> pd.DataFrame:
     """Learn the codes of a PLAN frame: a TUNED frame; the tensors go to the store.
 
-    Raises `BitallocError` when there are no windows to learn on or to judge by, and for scores that are not finite.
+    Raises `BitallocError` when there are no windows to learn on or to judge by, for a model too large for the polish,
+    and for scores that are not finite.
     """
     run = _Run(name, plan, tokens, inventory, experiments, settings, seed, remote_code)
+    if settings.polish:
+        run.require_memory()  # before hours of blocks
     rows = run.blocks()
     if settings.polish:
         rows.append(run.polish(rows))
@@ -222,7 +226,7 @@ class _Run:
     ) -> None:
         self.name, self.experiments, self.settings, self.seed = name, experiments, settings, seed
         self.store, self.device, self.remote_code = experiments.store, experiments.device, remote_code
-        self.checkpoint, self.plan, self.tokens = experiments.checkpoint, plan, tokens
+        self.checkpoint, self.plan, self.tokens, self.inventory = experiments.checkpoint, plan, tokens, inventory
         self.options = {row["layer"]: from_row(row, experiments.sweep) for row in plan.to_dict("records")}
         self.layers: dict[int, list[str]] = {}
         for layer, block in zip(plan["layer"], plan["block"], strict=True):
@@ -257,6 +261,9 @@ class _Run:
         total = len(self.keys) * settings.iterations + settings.polish
         self.progress = Progress("tune", total, unit="steps")
         self.progress.note = name
+
+    def _learns(self, layer: str) -> bool:
+        return self.options[layer].quantizer != PASS_THROUGH
 
     def _swept(self, layer: str) -> CompressedMatrix:
         return self.experiments.matrix(layer, self.options[layer])
@@ -325,7 +332,7 @@ class _Run:
         learned = {
             layer: self._learned(layer, self._swept(layer), nearest=settings.start == "nearest")
             for layer in self.layers[work.block]
-            if self.options[layer].quantizer != PASS_THROUGH
+            if self._learns(layer)
         }
         given = work.tuned if settings.inputs == "tuned" else work.original
 
@@ -374,6 +381,19 @@ class _Run:
             set_weight(self.model, self.checkpoint.family, layer, W_OI)
         return Head(self.model).fixed()
 
+    def require_memory(self) -> None:
+        """Raise `BitallocError` where the polish cannot fit: the model, and `POLISH_NBYTES` for each learned weight."""
+        learned = {layer for layers in self.layers.values() for layer in layers if self._learns(layer)}
+        sizes = self.inventory["rows"] * self.inventory["columns"]
+        need = int(sizes.sum()) * working_dtype(self.device).itemsize
+        need += int(sizes[self.inventory["layer"].isin(learned)].sum()) * POLISH_NBYTES
+        there = total_memory(self.device)
+        if need > there:
+            raise BitallocError(
+                f"the polish of this model takes some {need / 1e9:.0f} GB, {self.device.type} has {there / 1e9:.0f}: "
+                "set tune.polish to 0; codes are then learned block by block alone, one block in memory at a time"
+            )
+
     def polish(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The row of the descent through all blocks at once, from what their rows have kept."""
         settings = {name: value for name, value in self.settings.model_dump().items() if name.startswith("polish")}
@@ -390,7 +410,7 @@ class _Run:
             layer: self._learned(layer, matrix(layer))
             for layers in self.layers.values()
             for layer in layers
-            if self.options[layer].quantizer != PASS_THROUGH
+            if self._learns(layer)
         }
         turned = self.checkpoint.family.turned
 

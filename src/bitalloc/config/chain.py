@@ -157,7 +157,7 @@ class Tune(Section):
     polish: Annotated[int, Field(ge=0)] = Field(
         200,
         description="steps through the whole model, against the KL of its predictions; 0: none. In memory: the model "
-        "and some 12 bytes for each weight of its matrices",
+        "and some 40 bytes for each weight of its matrices",
     )
     polish_learn: list[Literal["rounding", "scales", "zeros", "factors"]] = Field(
         ["rounding", "scales", "factors"], description="what these steps learn"
