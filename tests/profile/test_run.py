@@ -157,6 +157,7 @@ def test_a_variant_that_cannot_run_here_is_a_row_that_says_so(tmp_path: Path) ->
         ({"profile": {"variants": ["reference"]}}, "unknown key 'profile.variants'"),
         ({"profile": {"priced_as": "a10"}}, "profile: no price of 'a10'"),
         ({"seed": "x"}, "seed: Input should be a valid integer"),
+        ({"corpora": ["world"]}, "corpora: Input should be a valid dictionary"),
     ],
 )
 def test_a_faulty_configuration_is_one_line(
