@@ -2,7 +2,7 @@
 
 import sys
 
-from bitalloc.run import command, long_context
+from bitalloc.profile.run import command, long_context
 
 if __name__ == "__main__":
     sys.exit(command(long_context, __doc__))

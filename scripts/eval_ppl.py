@@ -2,7 +2,7 @@
 
 import sys
 
-from bitalloc.run import command, perplexity
+from bitalloc.profile.run import command, perplexity
 
 if __name__ == "__main__":
     sys.exit(command(perplexity, __doc__))

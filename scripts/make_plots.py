@@ -2,7 +2,7 @@
 
 import sys
 
-from bitalloc.plots import command
+from bitalloc.profile.plots import command
 
 if __name__ == "__main__":
     sys.exit(command(__doc__))

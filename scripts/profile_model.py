@@ -6,15 +6,16 @@ By hand: python scripts/profile_model.py --config config/runs/tiny.yaml
 import json
 from pathlib import Path
 
-from bitalloc import figures, records, run
+from bitalloc import figures
 from bitalloc.config import Config
 from bitalloc.formats.bitalloc import source_identity
 from bitalloc.models import open_checkpoint, pick_device
-from bitalloc.profile import profile
+from bitalloc.profile import records, run
+from bitalloc.profile.bench import profile
+from bitalloc.profile.variants import variants
 from bitalloc.script import stage
 from bitalloc.suites import spread
 from bitalloc.tables import INVENTORY, RECORDS, TOKENS
-from bitalloc.variants import variants
 
 
 def main(

@@ -7,7 +7,7 @@ from bitalloc import report, tables
 from bitalloc.analyses.study import Study
 from bitalloc.config import Analyze, Gates
 from bitalloc.figures.domains import _Data
-from bitalloc.figures.goodhart import _Page
+from bitalloc.figures.evidence import Evidence
 from bitalloc.gates import gate_allocate, gate_downstream, gate_pilot
 from tests.simulated import Results, empty, gates, simulate
 
@@ -60,7 +60,7 @@ def test_the_table_and_the_figures_see_no_difference(plain, armed):
         "analysis": ["gain"], "proxy": ["nll:world"], "gold": ["ppl:world"], "budget": ["2.6bpw"],
         "statistic": ["regret_points"], "value": [1.0], "lo": [0.0], "hi": [2.0],
     })  # fmt: skip
-    pages = [_Page(each.plans, each.evaluate, goodhart, ["world"]) for each in (plain, armed)]
+    pages = [Evidence(each.plans, each.evaluate, goodhart, ["world"]) for each in (plain, armed)]
     assert pages[0].budgets == pages[1].budgets and pages[0].plans["plan"].tolist() == pages[1].plans["plan"].tolist()
     domains = [_Data(each.plans, none, goodhart, ["world"]) for each in (plain, armed)]
     assert domains[0].budgets == domains[1].budgets and domains[0].strategies == domains[1].strategies

@@ -1,5 +1,8 @@
 """Tables: what departs from a schema is refused on the way in and on the way out."""
 
+import importlib
+import pkgutil
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -62,6 +65,14 @@ def test_every_table_documents_every_column_and_has_a_key():
         assert table.name == name
         assert set(table.key) <= columns
         assert all(column.doc for column in table.columns)
+
+
+def test_no_table_is_forgotten():
+    defined = []
+    for module in pkgutil.iter_modules(tables.__path__, f"{tables.__name__}."):
+        found = vars(importlib.import_module(module.name)).values()
+        defined += [table.name for table in found if isinstance(table, tables.Table)]
+    assert sorted(defined) == sorted(tables.TABLES)  # each once, and every one handed on
 
 
 def test_parts_become_one_table_with_shared_rows_once(tmp_path):

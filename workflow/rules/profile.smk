@@ -20,6 +20,6 @@ rule profile:
     params:
         settings=section("profile", "schemes", "device", "seed", "threads"),
         sheet=sheet,
-        code=code("profile", "figures"),
+        code=code("profile.bench", "figures"),
     script:
         "../../scripts/profile_model.py"

@@ -66,6 +66,8 @@ class Run(Section):
     @classmethod
     def _known(cls, corpora: Any) -> Any:
         """The project's corpora, and those given here over them."""
+        if not isinstance(corpora, dict):
+            return corpora  # refused by the type
         return {name: corpus.model_dump() for name, corpus in CORPORA.items()} | corpora
 
     @field_validator("variants")

@@ -15,17 +15,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from bitalloc.figures.evidence import ALL, BEST, NO_CLAIM, POOL, REFERENCE, Evidence, in_words
 from bitalloc.figures.style import GREY, INK, LIGHT, headline, mark, page, room
-from bitalloc.statistics import accuracies
-from bitalloc.tables import without_arms
 
-REFERENCE, POOL, BEST, ALL = "reference", "random", "best", "all"
-NO_CLAIM = {
-    "floor": "at the floor: no claim",
-    "saturated": "as good as the 16-bit model: no claim",
-    "too_few": "too few plans",
-    "missing": "not evaluated",
-}
 WIDTH, LEFT, RIGHT = 13.5, 0.085, 0.985
 Rows = Sequence[tuple[str, str, pd.Series | None, bool]]  # group, label, row, strong
 
@@ -46,7 +38,7 @@ def goodhart(  # noqa: PLR0917 - three tables, a message and where to put it
     `calibrated` names the corpora that moments were measured on. Works with any number of tasks, none included, and
     with as few plans as one a budget.
     """
-    data = _Page(plans, evaluate, goodhart, calibrated)
+    data = Evidence(plans, evaluate, goodhart, calibrated)
     golds, budgets = len(data.golds), len(data.budgets)
     heights = {
         "lead": 0.5 + 0.26 * budgets,
@@ -73,136 +65,8 @@ def goodhart(  # noqa: PLR0917 - three tables, a message and where to put it
         _kinds(figure, data, boxes["kinds"])
 
 
-class _Page:
-    """What the panels share: strata, golds, and each plan's scores."""
-
-    def __init__(
-        self, plans: pd.DataFrame, evaluate: pd.DataFrame, goodhart: pd.DataFrame, calibrated: Sequence[str]
-    ) -> None:
-        self.goodhart, self.calibrated = goodhart, calibrated
-        proxies = goodhart["proxy"][goodhart["proxy"].str.startswith("nll:")]
-        gains = goodhart["gold"][goodhart["gold"].str.startswith("ppl:")]
-        self.corpus = str((pd.concat([proxies, gains])).iloc[0]).split(":", 1)[1]
-        self.proxy = f"nll:{self.corpus}"
-        found, agree = accuracies(evaluate), evaluate[evaluate["metric"] == "top1"]
-        self.word = "accuracy" if len(found) else "top-1 agreement"
-        scored = (found if len(found) else agree).assign(task=lambda f: f["task"].str.removesuffix("/report"))
-        self.golds = list(dict.fromkeys(scored["task"][~scored["task"].str.endswith("/select")]))
-        self.gold = {name: scored[scored["task"] == name].set_index("plan") for name in self.golds}
-        ppl = evaluate[(evaluate["metric"] == "ppl") & evaluate["task"].isin([self.corpus, f"{self.corpus}/report"])]
-        self.ppl = ppl.set_index("plan")
-        plans = without_arms(plans[plans["plan"].isin(self.ppl.index)])
-        order = plans.groupby("budget", sort=False)["bits_per_weight"].mean().sort_values()
-        self.budgets = [str(budget) for budget in order.index]
-        self.plans = plans.assign(ppl=self.ppl.loc[plans["plan"], "value"].to_numpy())
-        used = goodhart.loc[goodhart["statistic"] == "regret_points", "proxy"]
-        self.choosers = {name: self.by(name) for name in dict.fromkeys(used)}
-        ranks = {
-            ("spearman", self.proxy): "PPL, all plans",
-            ("spearman_near", self.proxy): "PPL, nearer half",
-            ("spearman", "kl"): "KL, all plans",
-        }
-        self.ranks = {key: text for key, text in ranks.items() if len(self.rows(key[0], proxy=key[1]))}
-
-    def by(self, chooser: str) -> str:
-        """The chooser in words; PPL on text that was calibrated on says so."""
-        if not chooser.startswith("nll:"):
-            return {"kl": "KL", "objective": "predicted KL", "random": "at random", "uniform": "uniform"}.get(
-                chooser, chooser
-            )
-        corpus = chooser.removeprefix("nll:")
-        home = any(name == corpus or name.startswith(f"{corpus}_") for name in self.calibrated)
-        return f"PPL, {corpus}" + ("*" if home else "")
-
-    def rows(self, statistic: str, **where: str) -> pd.DataFrame:
-        rows = self.goodhart[self.goodhart["statistic"] == statistic]
-        for column, value in where.items():
-            rows = rows[rows[column] == value]
-        return rows
-
-    def row(self, statistic: str, **where: str) -> pd.Series | None:
-        rows = self.rows(statistic, **where)
-        return rows.iloc[0] if len(rows) else None
-
-    def silent(self, gold: str) -> str:
-        """Why nothing is claimed of a gold, or nothing."""
-        status = set(self.rows("regret_points", gold=gold, budget=ALL)["status"]) or {"ok"}
-        return "" if "ok" in status else NO_CLAIM.get(status.pop(), "")
-
-    def kinds(self) -> list[tuple[str, str, str]]:
-        """Kind of failure, what it would be, what was measured."""
-        return [
-            ("regressional", "gain owed to the windows that chose the plan", self._shrinkage()),
-            (
-                "extremal",
-                f"{self.word} bends against PPL where damage is large",
-                self._told("extremal", "quadratic_points", ALL),
-            ),
-            ("causal", "at equal PPL it matters which component was harmed", self._told("causal", "matched_points")),
-            ("leakage", "a search that saw the report windows leads there only", self._leakage()),
-            ("over-optimisation", "choosing harder makes the tasks worse", self._turning()),
-        ]
-
-    def _shrinkage(self) -> str:
-        row, claimed = (self.row(name, budget=ALL, proxy=self.proxy) for name in ("shrinkage_nats", "claimed_nats"))
-        if row is None or claimed is None:
-            return "not measured"
-        return f"{_text(row, 4)} of {claimed['value']:.4f} nats"
-
-    def _told(self, analysis: str, statistic: str, budget: str | None = None) -> str:
-        rows = self.rows(statistic, analysis=analysis, proxy=self.proxy)
-        rows = rows[rows["status"].eq("ok") & (True if budget is None else rows["budget"].eq(budget))]
-        if rows.empty:
-            return "not measured"
-        told = rows[rows["p_adjusted"] < 0.05]
-        where = [
-            f"{r['gold']}{'' if budget else ' ' + r['budget'].replace('component ', '')} {_text(r, 1)}"
-            for _, r in told.iterrows()
-        ]
-        return f"{', '.join(where)} points" if where else f"not told: 0 of {len(rows)} after correction"
-
-    def _leakage(self) -> str:
-        lead = self.rows("lead_nats", gold=f"ppl:{self.corpus}")
-        if lead.empty:
-            return "not measured"
-        points = self.rows("lead_points")
-        points = points[points["status"] == "ok"]
-        told = int(((points["lo"] > 0) | (points["hi"] < 0)).sum())
-        row = lead.loc[lead["value"].idxmax()]
-        where = f"at most {_text(row, 4)} nats there ({row['budget']})"
-        return f"{where}; {self.word} differs in {told} of {len(points)} cases"
-
-    def _turning(self) -> str:
-        rows = self.rows("beta_points", proxy=self.proxy, budget=ALL)
-        rows = rows[rows["status"] == "ok"]
-        if rows.empty:
-            return "not measured"
-        turning = self.rows("turning_pressure", proxy=self.proxy, budget=ALL, status="ok")
-        falls = [f"{r['gold']} falls beyond d = {_text(r, 2)}" for _, r in turning.iterrows()]
-        curves = {gold: _points(self, self.proxy, gold) for gold in rows["gold"]}
-        falls += [f"{gold} gets worse" for gold, curve in curves.items() if len(curve) and curve["hi"].iloc[-1] < 0]
-        bends = rows.loc[rows["lo"] > 0, "gold"].tolist()
-        return "; ".join(falls) or (f"returns diminish on {', '.join(bends)}, none falls" if bends else "not told")
-
-    def footer(self, model: str, stamp: str) -> str:
-        pool = (self.plans["strategy"] == POOL).sum()
-        home = " *: text that was calibrated on." if self.calibrated else ""
-        return (
-            f"{model}: {len(self.plans)} plans at equal bytes, {pool} random. PPL on {self.corpus}, report split."
-            f"{home} \u03c1: rank correlation, \u22121 where lower PPL always means higher {self.word}; nearer half: "
-            "least KL. Costs are against the plan that is best on half of the items, judged on the others; below 0: "
-            "better than that. d = \u221a(ln n \u2212 (n\u22121)/n), how hard was chosen. Lines are 95 % intervals. "
-            f"Filled in 1: not 0, tasks after Holm's correction. {stamp}"
-        )
-
-
-def _text(row: pd.Series, digits: int) -> str:
-    value, lo, hi = (f"{round(row[name], digits) + 0.0:.{digits}f}" for name in ("value", "lo", "hi"))
-    return f"{value} [{lo}, {hi}]".replace("-", "\u2212")
-
-
 # ---- power, and the lead over uniform
-def _lead(figure: Figure, data: _Page, box: tuple[float, float]) -> None:
+def _lead(figure: Figure, data: Evidence, box: tuple[float, float]) -> None:
     """PPL and every gold of best against uniform, budget by budget, over what could be seen at all."""
     bottom, height = box
     columns = ["", *data.golds]
@@ -237,7 +101,7 @@ def _lead(figure: Figure, data: _Page, box: tuple[float, float]) -> None:
     )
 
 
-def _significant(data: _Page, gold: str, budget: str) -> bool:
+def _significant(data: Evidence, gold: str, budget: str) -> bool:
     """PPL: its interval lies on one side of 0; a task: its declared test says so after Holm's correction."""
     if not gold:
         row = data.row("ppl_gain_percent", proxy=BEST, gold=f"ppl:{data.corpus}", budget=budget)
@@ -246,7 +110,7 @@ def _significant(data: _Page, gold: str, budget: str) -> bool:
     return bool((rows["p_adjusted"] < 0.05).any())
 
 
-def _items(data: _Page, gold: str) -> str:
+def _items(data: Evidence, gold: str) -> str:
     rows = data.rows("accuracy_points", gold=gold)
     return f"{rows['n'].iloc[0]} {'items' if data.word == 'accuracy' else 'windows'}" if len(rows) else "no items"
 
@@ -261,7 +125,7 @@ def _question(figure: Figure, top: float, text: str) -> None:
 
 
 # ---- every plan
-def _plans(figure: Figure, data: _Page, box: tuple[float, float]) -> None:
+def _plans(figure: Figure, data: Evidence, box: tuple[float, float]) -> None:
     """A row a gold: a panel a budget with every plan, and the gain of choosing harder."""
     bottom, height = box
     common = {"bottom": bottom, "top": bottom + height, "hspace": 0.36}
@@ -323,7 +187,7 @@ def _mark(axes: Axes, x: Sequence[float], y: Sequence[float], strategy: str) -> 
     )  # fmt: skip
 
 
-def _task(axes: Axes, data: _Page, gold: str, budget: str) -> None:
+def _task(axes: Axes, data: Evidence, gold: str, budget: str) -> None:
     score = data.gold[gold]
     plans = data.plans[(data.plans["budget"] == budget) & data.plans["plan"].isin(score.index)]
     at = score.loc[plans["plan"]]
@@ -337,14 +201,14 @@ def _task(axes: Axes, data: _Page, gold: str, budget: str) -> None:
     rho = data.row("spearman", proxy=data.proxy, gold=gold, budget=budget)
     if rho is not None:
         told = rho["status"] == "ok" and np.isfinite(rho["lo"])
-        text = f"\u03c1 {_text(rho, 2)}" if told else NO_CLAIM.get(rho["status"], "")
+        text = f"\u03c1 {in_words(rho, 2)}" if told else NO_CLAIM.get(rho["status"], "")
         axes.set_title(text, size=7.5, weight="normal", color=GREY, loc="right")
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.yaxis.set_major_locator(MaxNLocator(4))
     axes.margins(0.08)
 
 
-def _reference(axes: Axes, data: _Page, gold: str, budget: str) -> None:
+def _reference(axes: Axes, data: Evidence, gold: str, budget: str) -> None:
     """The unquantised model as a line, where it does not squeeze the plans together."""
     score = data.gold[gold]
     values = 100 * score.loc[score.index.isin(data.plans["plan"]), "value"]
@@ -361,7 +225,7 @@ def _reference(axes: Axes, data: _Page, gold: str, budget: str) -> None:
         )  # fmt: skip
 
 
-def _curve(axes: Axes, data: _Page, gold: str) -> None:
+def _curve(axes: Axes, data: Evidence, gold: str) -> None:
     """Mean gold of the proxy's best of n random plans above the mean plan's, exact over all subsets."""
     axes.axhline(0, color=GREY, lw=0.8)
     ends = {}
@@ -369,7 +233,7 @@ def _curve(axes: Axes, data: _Page, gold: str) -> None:
         (data.proxy, {"color": INK, "lw": 1.6}),
         ("kl", {"color": GREY, "lw": 1.1, "ls": (0, (4, 2))}),
     ):
-        rows = _points(data, proxy, gold)
+        rows = data.curve(proxy, gold)
         if rows.empty:
             continue
         if proxy == data.proxy:
@@ -382,19 +246,13 @@ def _curve(axes: Axes, data: _Page, gold: str) -> None:
         axes.set_xticks([])
         return
     axes.set_xscale("log", base=2)
-    ticks = [n for n in _points(data, data.proxy, gold)["n_best"] if not n & (n - 1)]  # powers of two
+    ticks = [n for n in data.curve(data.proxy, gold)["n_best"] if not n & (n - 1)]  # powers of two
     axes.set_xticks(ticks, [str(n) for n in ticks])
     axes.minorticks_off()
     lo, hi = axes.get_ylim()
     axes.set_ylim(min(lo, -1.0), max(hi, 1.0))
     axes.yaxis.set_major_locator(MaxNLocator(4))
     _name_ends(axes, ends)
-
-
-def _points(data: _Page, proxy: str, gold: str) -> pd.DataFrame:
-    rows = data.goodhart[data.goodhart["statistic"].str.startswith("gain_best_of_")]
-    rows = rows[(rows["proxy"] == proxy) & (rows["gold"] == gold)]
-    return rows.assign(n_best=rows["statistic"].str.removeprefix("gain_best_of_").astype(int)).sort_values("n_best")
 
 
 def _name_ends(axes: Axes, ends: dict[str, tuple[float, float]]) -> None:
@@ -407,7 +265,7 @@ def _name_ends(axes: Axes, ends: dict[str, tuple[float, float]]) -> None:
 
 
 # ---- ranks and costs
-def _forests(figure: Figure, data: _Page, box: tuple[float, float]) -> None:
+def _forests(figure: Figure, data: Evidence, box: tuple[float, float]) -> None:
     bottom, height = box
     left = figure.add_axes((0.19, bottom, 0.27, height))
     rows = [
@@ -443,7 +301,7 @@ def _forests(figure: Figure, data: _Page, box: tuple[float, float]) -> None:
     )  # fmt: skip
 
 
-def _forest(axes: Axes, data: _Page, rows: Rows) -> None:
+def _forest(axes: Axes, data: Evidence, rows: Rows) -> None:
     """One line an estimate, golds as bold groups."""
     axes.axvline(0, color=GREY, lw=0.8)
     ticks, texts, y = [], [], 0.0
@@ -492,7 +350,7 @@ def _remark(axes: Axes, text: str, y: float) -> None:
 
 
 # ---- the kinds of failure
-def _kinds(figure: Figure, data: _Page, box: tuple[float, float]) -> None:
+def _kinds(figure: Figure, data: Evidence, box: tuple[float, float]) -> None:
     bottom, height = box
     kinds = data.kinds()
     for line, (kind, what, found) in enumerate(kinds):

@@ -141,7 +141,8 @@ def _footer(frame: pd.DataFrame, model: str, simulated: list[str]) -> str:
     threads = frame["threads"].dropna()
     where = first["gpu"] if isinstance(first["gpu"], str) else "a CPU"
     if where == "a CPU" and len(threads):
-        where = f"a CPU ({int(threads.iloc[0])} threads, {frame['isa'].dropna().iloc[0]})"
+        count = int(threads.iloc[0])
+        where = f"a CPU ({count} thread{'s' * (count > 1)}, {frame['isa'].dropna().iloc[0]})"
     new = frame["gen_len"].dropna()
     parts = [
         f"{model} on {where}: medians over generations of {int(new.iloc[0])} tokens, interleaved, 95 % bootstrap "

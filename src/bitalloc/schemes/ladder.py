@@ -109,10 +109,11 @@ class Bench:
         schemes = parse(self.settings, names)
         return {REFERENCE: self.load} | {scheme.name: partial(made, scheme) for scheme in schemes}
 
-    def identities(self, names: list[str]) -> dict[str, str]:
-        """What each of them is made of."""
-        keys = {REFERENCE: None} | {scheme.name: scheme.key() for scheme in parse(self.settings, names)}
-        return {name: digest([self.identity, key]) for name, key in keys.items()}
+    def identities(self, names: list[str], module: str) -> dict[str, str]:
+        """What each of them is made of, and the code of the module that measures it."""
+        keys, code = {REFERENCE: None}, source_digest(module)
+        keys |= {scheme.name: scheme.key() for scheme in parse(self.settings, names)}
+        return {name: digest([digest([self.identity, key]), code]) for name, key in keys.items()}
 
     @property
     def protocol(self) -> str:

@@ -128,7 +128,7 @@ FAIRNESS = Table(
         Column("nbytes", FLOAT, "bytes of the whole checkpoint; missing for the reference", nullable=True),
         Column("split", STR, "report, or items"),
         Column("language", STR, "language, or `all` that are ranked"),
-        Column("metric", STR, "damage_nats, damage_rel, delta_ppl ..: src/bitalloc/fairness.py has the formulas"),
+        Column("metric", STR, "damage_nats, damage_rel, delta_ppl ..: src/bitalloc/fairness/ has the formulas"),
         *INTERVAL,
         Column("status", STR, "ok; floor: no better than byte unigrams, not ranked; or why there is no value"),
     ),

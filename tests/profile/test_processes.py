@@ -5,7 +5,7 @@ import os
 import pytest
 
 from bitalloc.errors import BitallocError
-from bitalloc.processes import OutOfMemory, Server
+from bitalloc.profile.processes import OutOfMemory, Server
 
 
 class Planned:
@@ -30,7 +30,7 @@ class Planned:
 
 def test_processes_hold_what_they_were_given_and_say_how_they_failed() -> None:
     with Server() as server:
-        one, two = (server.start("tests.test_processes:Planned", number) for number in (1, 10))
+        one, two = (server.start("tests.profile.test_processes:Planned", number) for number in (1, 10))
         assert (one.call("add", 1), two.call("add", 1)) == (2, 11)
         for kind, error in (("memory", OutOfMemory), ("torch", OutOfMemory), ("refused", BitallocError)):
             with pytest.raises(error):
@@ -42,4 +42,4 @@ def test_processes_hold_what_they_were_given_and_say_how_they_failed() -> None:
             one.call("fail", "killed")
         assert two.call("add", 2) == 12
     with pytest.raises(BitallocError):
-        server.start("tests.test_processes:Planned", 1)
+        server.start("tests.profile.test_processes:Planned", 1)

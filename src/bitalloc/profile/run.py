@@ -20,19 +20,19 @@ from typing import Any
 import pandas as pd
 import torch
 
-from bitalloc import config, passkey, records, retrieve
-from bitalloc import profile as profiling
+from bitalloc import config, passkey, retrieve
 from bitalloc.config import Model, Run
 from bitalloc.corpus import UnavailableError, hub, load_tokenizer
 from bitalloc.errors import BitallocError, nearest
 from bitalloc.families import FAMILIES
 from bitalloc.formats.bitalloc import source_identity
 from bitalloc.models import Checkpoint, pick_device, read_config
+from bitalloc.profile import bench, records
+from bitalloc.profile.records import OK, Row
+from bitalloc.profile.variants import REFERENCE, Variant, calibrated, load, variants
 from bitalloc.provenance import source_digest
-from bitalloc.records import OK, Row
 from bitalloc.store import Store, digest
 from bitalloc.suites import Head, Windows, intervals
-from bitalloc.variants import REFERENCE, Variant, calibrated, load, variants
 
 SHEET = Path("config/models.yaml")
 
@@ -177,7 +177,7 @@ def long_context(subject: Subject, made: list[Variant], run: records.Run) -> Row
         facts[variant.name] = loaded.facts
         return loaded.model
 
-    code, weights = source_digest("bitalloc.passkey", "bitalloc.variants"), source_identity(subject.inventory)
+    code, weights = source_digest("bitalloc.passkey", "bitalloc.profile.variants"), source_identity(subject.inventory)
     table = passkey.passkey(
         {variant.name: partial(make, variant) for variant in everyone},
         tokenizer,
@@ -219,7 +219,7 @@ def profile(subject: Subject, made: list[Variant], run: records.Run) -> Rows:
     if run.has("profile"):
         return
     settings = config.Profile(**subject.run.profile.model_dump(), variants=subject.run.variants)
-    yield profiling.profile(
+    yield bench.profile(
         made,
         model=subject.name,
         settings=settings,
@@ -243,7 +243,7 @@ def measure(stage: Stage, asked: Run, runs: Path, run_id: str | None = None) -> 
     name = run_id or records.run_id({**resolved, "model": {"name": subject.name}}, weights, asked.seed)
     if name != Path(name).name or name.startswith("."):
         raise BitallocError(f"--run-id {name!r} is no name of a folder; letters, digits, - and _ do")
-    resolved |= {"model_digest": weights, "revision": subject.revision, "code": source_digest("bitalloc.run")}
+    resolved |= {"model_digest": weights, "revision": subject.revision, "code": source_digest("bitalloc.profile.run")}
     shared = {"model": subject.name, "revision": subject.revision, "seed": asked.seed, "notes": asked.notes}
     shared |= records.machine(subject.device.type)
     with (

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from bitalloc import records
 from bitalloc.errors import BitallocError
-from bitalloc.records import COLUMNS, METRICS, VARYING, Run, frame, read_jsonl, rows, run_id
+from bitalloc.profile import records
+from bitalloc.profile.records import COLUMNS, METRICS, VARYING, Run, frame, read_jsonl, rows, run_id
 from bitalloc.tables import RECORDS
 
 ROW = {"stage": "profile", "model": "m", "variant": "reference", "metric": "ttft_ms", "status": "ok"}

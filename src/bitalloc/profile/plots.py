@@ -6,8 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from bitalloc import figures, records
+from bitalloc import figures
 from bitalloc.errors import BitallocError
+from bitalloc.profile import records
 
 PLOTS = {"profile": figures.profile, "perplexity": figures.perplexity, "long_context": figures.long_context}
 

@@ -36,7 +36,7 @@ class Server:
     def __init__(self, prepare: str = "", *arguments: Any) -> None:
         """`prepare`: a function, `package.module:name`, that imports what all the processes need."""
         ours, theirs = socket.socketpair()
-        command = [sys.executable, "-c", f"from bitalloc.processes import serve; serve({theirs.fileno()})"]
+        command = [sys.executable, "-c", f"from bitalloc.profile.processes import serve; serve({theirs.fileno()})"]
         environ = {
             "OMP_WAIT_POLICY": "PASSIVE",
             **os.environ,

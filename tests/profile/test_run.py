@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import yaml
 
-from bitalloc import config, run
+from bitalloc import config
 from bitalloc.errors import BitallocError
-from bitalloc.profile import Holder
-from bitalloc.records import METRICS, OK, SPREAD, VARYING, read_jsonl
+from bitalloc.profile import bench, memory, run
+from bitalloc.profile.generation import Holder
+from bitalloc.profile.records import METRICS, OK, SPREAD, VARYING, read_jsonl
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ASKED: dict[str, Any] = {
     "model": str(ROOT / "resources/tiny"),
     "variants": ["reference", "w4a8+rtn"],
@@ -65,8 +66,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of a run with all stages that was called as a user calls it."""
     home = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(run.profiling, "Server", lambda *_: Here())
-        monkeypatch.setattr(run.profiling.gc, "collect", lambda: 0)  # of all that tests have imported
+        monkeypatch.setattr(bench, "Server", lambda *_: Here())
+        monkeypatch.setattr(memory.gc, "collect", lambda: 0)  # of all that tests have imported
         for name in ("eval_ppl", "eval_long_context", "profile_model"):
             given = ("--config", asked(home), "--runs", home / "runs")
             assert script(name, *given, monkeypatch=monkeypatch) == 0
@@ -112,7 +113,7 @@ def test_what_is_there_is_not_measured_again(folder: Path, monkeypatch: pytest.M
         raise AssertionError("it was measured again")
 
     monkeypatch.setattr(run, "load", never)
-    monkeypatch.setattr(run.profiling, "profile", never)
+    monkeypatch.setattr(bench, "profile", never)
     for name in (run.perplexity, run.long_context, run.profile):
         run.measure(name, config.read_run(folder.parents[1] / "run.yaml"), folder.parent)
     assert (folder / "metrics.jsonl").read_bytes() == before
@@ -156,6 +157,7 @@ def test_a_variant_that_cannot_run_here_is_a_row_that_says_so(tmp_path: Path) ->
         ({"profile": {"variants": ["reference"]}}, "unknown key 'profile.variants'"),
         ({"profile": {"priced_as": "a10"}}, "profile: no price of 'a10'"),
         ({"seed": "x"}, "seed: Input should be a valid integer"),
+        ({"corpora": ["world"]}, "corpora: Input should be a valid dictionary"),
     ],
 )
 def test_a_faulty_configuration_is_one_line(
@@ -171,7 +173,7 @@ def test_a_faulty_configuration_is_one_line(
 def test_a_run_id_that_is_no_name_and_files_that_are_not_there_are_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from bitalloc import plots
+    from bitalloc.profile import plots
 
     with pytest.raises(BitallocError, match="is no name of a folder"):
         run.measure(run.perplexity, config.read_run(asked(tmp_path)), tmp_path / "runs", "../x")

@@ -15,14 +15,16 @@ import pytest
 import torch
 
 from bitalloc import config, figures
-from bitalloc import profile as module
 from bitalloc.errors import BitallocError
 from bitalloc.formats import bitalloc
-from bitalloc.processes import OutOfMemory
-from bitalloc.profile import Generation, Wall, generate, profile, rounds
-from bitalloc.records import OK, frame
+from bitalloc.profile import bench as module
+from bitalloc.profile import generation, memory
+from bitalloc.profile.bench import profile, rounds
+from bitalloc.profile.generation import Generation, Wall, generate
+from bitalloc.profile.processes import OutOfMemory
+from bitalloc.profile.records import OK, frame
+from bitalloc.profile.variants import Variant
 from bitalloc.tables import INVENTORY, RECORDS
-from bitalloc.variants import Variant
 from tests.random_models import save
 from tests.small import OPTIONS, Small, small
 
@@ -82,20 +84,20 @@ def test_events_of_a_gpu_are_waited_for_and_told_in_seconds(monkeypatch: pytest.
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append(True))
-    clock = module.Events()
+    clock = generation.Events()
     for _ in range(3):
         clock.mark()
     assert clock.seconds() == [0.002, 0.0005]
 
 
-@pytest.mark.skipif(module.high_water() is None, reason="the system does not tell")
+@pytest.mark.skipif(memory.high_water() is None, reason="the system does not tell")
 def test_a_peak_is_told_once_and_then_begins_anew() -> None:
-    module.set_back("cpu")
-    before = module.high_water()
+    memory.set_back("cpu")
+    before = memory.high_water()
     held = bytearray(b"x") * 100_000_000
     del held
-    assert module.high_water() - before > 90
-    assert module.high_water() - before < 50  # it was set back by the look before, and the memory is free
+    assert memory.high_water() - before > 90
+    assert memory.high_water() - before < 50  # it was set back by the look before, and the memory is free
 
 
 def test_rounds_interleave_and_go_on_until_all_have_enough() -> None:
@@ -229,14 +231,14 @@ def test_the_page_leaves_out_what_was_only_simulated(measured: pd.DataFrame, tmp
 
 def test_a_state_space_model_goes_on_from_its_state_and_says_how_it_scans(tmp_path: Path) -> None:
     save("mamba2", tmp_path)
-    holder = module.Holder(Variant("reference", tmp_path, "cpu", 1), 0)
+    holder = generation.Holder(Variant("reference", tmp_path, "cpu", 1), 0)
     facts, _ = holder.facts()
     assert facts["scan_path"] == "matrix"
     model, tokens_BT = holder._loaded.model, holder._prompts(2, 9)
-    token_B1, cache = module.prefill(model, tokens_BT)
+    token_B1, cache = generation.prefill(model, tokens_BT)
     with torch.inference_mode():
         whole = model(torch.cat([tokens_BT, token_B1], 1)).logits[:, -1:].argmax(-1)
-    assert torch.equal(module._step(model, token_B1, cache)[0], whole)
+    assert torch.equal(generation._step(model, token_B1, cache)[0], whole)
 
 
 # ---- memory that is not there

@@ -4,39 +4,26 @@ Every variant is resident in a process of its own and the same work goes round, 
 anew, so that what the machine does beside hits all alike. A generation reads B prompts of L random tokens and writes N
 each, greedily, whatever ends a text. Clocks: CUDA events, or wall time on a CPU. Medians over generations, quartiles,
 and a bootstrap's 95 % interval of the median (Efron and Tibshirani 1993, ch. 13).
-
-Memory on a CPU is the high-water mark of the resident set (VmHWM, Linux) of processes that do nothing else, one for
-each batch and length, set back between loading, reading and writing; on a GPU what torch allocated and reserved.
 """
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import inspect
-import re
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from bitalloc import config
 from bitalloc.errors import BitallocError
 from bitalloc.models import context_length, read_config
-from bitalloc.processes import OutOfMemory, Remote, Server
+from bitalloc.profile.generation import Generation
+from bitalloc.profile.processes import OutOfMemory, Remote, Server
+from bitalloc.profile.records import OK, Row, machine
+from bitalloc.profile.variants import Variant, libraries
 from bitalloc.progress import Progress
-from bitalloc.records import OK, Row, machine
 from bitalloc.suites import intervals
-from bitalloc.variants import Loaded, Variant, libraries, load
 
-MB = 1e6
-PHASES = ("load", "prefill", "decode")
 NO_MEMORY = "out of memory"
 TIMED = (
     "ttft_ms", "tpot_ms", "itl_ms", "latency_ms", "prefill_tokens_per_s", "decode_tokens_per_s", "prefill_speedup",
@@ -46,38 +33,6 @@ COST = {
     "usd_per_million_input_tokens": "prefill_tokens_per_s",
     "usd_per_million_output_tokens": "decode_tokens_per_s",
 }
-
-
-# ---- formulas ------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Generation:
-    """Seconds of one generation: until the first token, and from each token to the next."""
-
-    batch: int
-    length: int
-    first_s: float
-    gaps_s: Sequence[float]
-
-    def metrics(self) -> dict[str, float]:
-        """N tokens for each of B prompts of L tokens, T the whole latency:
-
-        ttft = time to the first token; tpot = (T - ttft) / (N - 1); itl = median of the gaps;
-        prefill tokens/s = B L / ttft; decode tokens/s = B (N - 1) / (T - ttft).
-
-        >>> found = Generation(batch=2, length=100, first_s=0.5, gaps_s=[0.1, 0.1, 0.4]).metrics()
-        >>> {name: round(value, 3) for name, value in found.items()}  # doctest: +NORMALIZE_WHITESPACE
-        {'ttft_ms': 500.0, 'tpot_ms': 200.0, 'itl_ms': 100.0, 'latency_ms': 1100.0, 'prefill_tokens_per_s': 400.0,
-         'decode_tokens_per_s': 10.0}
-        """
-        rest_s = sum(self.gaps_s)
-        return {
-            "ttft_ms": 1e3 * self.first_s,
-            "tpot_ms": 1e3 * rest_s / len(self.gaps_s),
-            "itl_ms": 1e3 * float(np.median(self.gaps_s)),
-            "latency_ms": 1e3 * (self.first_s + rest_s),
-            "prefill_tokens_per_s": self.batch * self.length / self.first_s,
-            "decode_tokens_per_s": self.batch * len(self.gaps_s) / rest_s,
-        }
 
 
 def usd_per_million_tokens(usd_per_hour: float | None, tokens_per_s: float, utilisation: float = 1.0) -> float:
@@ -95,161 +50,6 @@ def usd_per_million_tokens(usd_per_hour: float | None, tokens_per_s: float, util
     return usd_per_hour * 1e6 / (3600 * tokens_per_s * utilisation)
 
 
-# ---- clocks --------------------------------------------------------------------------------------------
-class Wall:
-    """Marks on the wall clock; `now` gives seconds."""
-
-    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
-        self._now, self._at = now, list[float]()
-
-    def mark(self) -> None:
-        self._at.append(self._now())
-
-    def seconds(self) -> list[float]:
-        """Between the marks."""
-        return [after - before for before, after in pairwise(self._at)]
-
-
-class Events:
-    """Marks in the stream of a GPU, which goes on meanwhile."""
-
-    def __init__(self) -> None:
-        self._at: list[torch.cuda.Event] = []
-
-    def mark(self) -> None:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        self._at.append(event)
-
-    def seconds(self) -> list[float]:
-        torch.cuda.synchronize()
-        return [before.elapsed_time(after) / 1e3 for before, after in pairwise(self._at)]
-
-
-Clock = Wall | Events
-
-
-# ---- in a process that holds a variant -----------------------------------------------------------------
-@torch.inference_mode()
-def prefill(model: Any, tokens_BT: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
-    """(the first token of each sequence [B, 1], the cache that the next step takes)."""
-    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    return _step(model, tokens_BT, last)
-
-
-@torch.inference_mode()
-def _step(model: Any, tokens_BT: torch.Tensor, given: Mapping[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
-    out = model(input_ids=tokens_BT, use_cache=True, **given)
-    cache = {name: out[name] for name in ("past_key_values", "cache_params") if out.get(name) is not None}
-    return out.logits[:, -1:].argmax(-1), cache
-
-
-def generate(model: Any, tokens_BT: torch.Tensor, new: int, clock: Clock) -> Generation:
-    """Read the prompts and write `new` tokens each, a mark after every one."""
-    clock.mark()
-    token_B1, cache = prefill(model, tokens_BT)
-    clock.mark()
-    for _ in range(new - 1):
-        token_B1, cache = _step(model, token_B1, cache)
-        clock.mark()
-    first_s, *gaps_s = clock.seconds()
-    return Generation(*tokens_BT.shape, first_s, gaps_s)
-
-
-class Holder:
-    """One variant in a process of its own, which is asked for generations or for peaks of memory."""
-
-    def __init__(self, variant: Variant, seed: int, compiled: bool = False) -> None:
-        self._seed = seed
-        self._libraries = {"libraries_mem_mb": high_water() if variant.device == "cpu" else None}
-        set_back(variant.device)
-        start = time.perf_counter()
-        self._loaded: Loaded = load(variant)
-        self._device = torch.device(variant.device)
-        if self._device.type == "cuda":
-            torch.cuda.synchronize()
-        self.load_s = time.perf_counter() - start
-        self._load = peaks("load", self._device.type)
-        self._vocabulary = self._loaded.model.config.vocab_size
-        if compiled:
-            self._loaded.model.forward = torch.compile(self._loaded.model.forward)
-
-    def facts(self) -> tuple[dict[str, Any], dict[str, float | None]]:
-        """(columns of RECORDS, metrics) that hold for every batch and length."""
-        facts = dict(self._loaded.facts)
-        nbytes = facts.pop("nbytes")
-        return facts, {"nbytes": nbytes, "load_s": self.load_s, **self._libraries, **self._load}
-
-    def generate(self, batch: int, length: int, new: int) -> Generation:
-        clock = Events() if self._device.type == "cuda" else Wall()
-        return generate(self._loaded.model, self._prompts(batch, length), new, clock)
-
-    def memory(self, batch: int, length: int, new: int) -> dict[str, float | None]:
-        """Peaks while the prompts are read, and while `new` tokens are written."""
-        model, kind = self._loaded.model, self._device.type
-        token, cache = prefill(model, self._prompts(1, 2))  # what is imported and unpacked at the first call
-        _step(model, token, cache)
-        del token, cache
-        tokens_BT = self._prompts(batch, length)
-        set_back(kind)
-        token_B1, cache = prefill(model, tokens_BT)
-        found = peaks("prefill", kind)
-        set_back(kind)
-        for _ in range(new - 1):
-            token_B1, cache = _step(model, token_B1, cache)
-        return found | peaks("decode", kind)
-
-    def _prompts(self, batch: int, length: int) -> torch.Tensor:
-        """Tokens [B, L], equal for every variant."""
-        draw = np.random.default_rng([self._seed, batch, length])
-        return torch.from_numpy(draw.integers(self._vocabulary, size=(batch, length))).to(self._device)
-
-
-# ---- peaks of memory -----------------------------------------------------------------------------------
-def high_water() -> float | None:
-    """Most MB that this process has had in memory since `set_back`; None where the system does not tell."""
-    try:
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    except OSError:
-        return None
-    return int(found[1]) * 1024 / MB if found and _settable() else None
-
-
-def set_back(device: str) -> None:
-    """Give back what is free, and let the marks begin anew."""
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        return
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-    _settable()
-
-
-def _settable() -> bool:
-    """Set VmHWM to what is resident now (proc_pid_clear_refs(5)); False where that is not to be had.
-
-    Without it the marks of three phases cannot be told apart.
-    """
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def peaks(phase: str, device: str) -> dict[str, float | None]:
-    """Peaks in MB since `set_back`; what the device does not have is None."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        allocated, reserved = torch.cuda.max_memory_allocated() / MB, torch.cuda.max_memory_reserved() / MB
-        return {f"{phase}_mem_mb": allocated, f"{phase}_reserved_mb": reserved}
-    return {f"{phase}_mem_mb": high_water(), f"{phase}_reserved_mb": None}
-
-
-# ---- rounds --------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Cell:
     """One batch at one length."""
@@ -276,7 +76,7 @@ class Holders:
             self.end(name)
         for name in names:
             if name not in self._remotes:
-                remote = self._server.start("bitalloc.profile:Holder", self._variants[name], *self._given)
+                remote = self._server.start("bitalloc.profile.generation:Holder", self._variants[name], *self._given)
                 self._remotes[name] = remote
                 self.facts.setdefault(name, remote.call("facts"))
         return {name: self._remotes[name] for name in names}
@@ -334,7 +134,7 @@ def profile(
     names = [variant.name for variant in variants]
     if len(set(names)) < len(names):
         raise BitallocError(f"profile.variants names {max(names, key=names.count)!r} twice; remove one")
-    with Server("bitalloc.variants:prepare", *libraries(variants)) as server:
+    with Server("bitalloc.profile.variants:prepare", *libraries(variants)) as server:
         bench = Bench(server, variants, settings, seed)
         bench.measure()
     shared = {"run_id": run_id, "stage": "profile", "model": model, "revision": revision, "seed": seed, "notes": notes}
@@ -434,7 +234,7 @@ class Bench:
         if result.memory_status != OK:
             return
         try:
-            remote = self._server.start("bitalloc.profile:Holder", self._variants[name], self._seed, False)
+            remote = self._server.start("bitalloc.profile.generation:Holder", self._variants[name], self._seed, False)
             result.memory = remote.call("memory", cell.batch, cell.length, self._settings.new_tokens)
             remote.close()
         except OutOfMemory as reason:
@@ -482,7 +282,7 @@ class Bench:
             yield at | {"metric": metric, **spread, "status": why if spread["value"] is None else OK}
         for metric, rate in COST.items():
             yield at | _cost(metric, spreads[rate], settings, status, at["notes"])
-        for metric in (f"{phase}_{kind}_mb" for phase in PHASES[1:] for kind in ("mem", "reserved")):
+        for metric in (f"{phase}_{kind}_mb" for phase in ("prefill", "decode") for kind in ("mem", "reserved")):
             yield at | _one(metric, (result.memory or {}).get(metric), self._refused.get(name, result.memory_status))
 
 

@@ -1,0 +1,1 @@
+"""Measurements of a model at each precision, and the records of them; `bench` times, `run` works by hand."""
