@@ -32,12 +32,11 @@ from bitalloc.gates import read_verdict
 from bitalloc.provenance import run_record, source_digest
 from bitalloc.search import Genome, Space
 from bitalloc.statistics import hypervolume
-from bitalloc.store import Store
 from bitalloc.strategies import STRATEGIES
 from bitalloc.strategies.evolve import levels, nearest
 from bitalloc.strategies.optimal import solve
 from bitalloc.suites import intervals, spread
-from bitalloc.tables import COSTS, INVENTORY, SENSITIVITY, TOKENS
+from bitalloc.tables import COSTS, SENSITIVITY, TOKENS
 
 TOKENS_READ, REPORT_WINDOWS = 2048, 24
 MORE = 8192  # tokens by which the plans of the pipeline are polished as well
@@ -53,14 +52,10 @@ class Reader:
         self.root = Path("results") / model
         sheet = config.load(Path("config/config.yaml"), Path("config/models.yaml"))
         self.config = sheet.for_model(model)
-        self.inventory, tokens = (
-            INVENTORY.read(self.root / "inventory.parquet"),
-            TOKENS.read(self.root / "tokens.parquet"),
-        )
-        self.store = Store(Path(self.config.store))
-        self.experiments = open_experiments(
-            self.root / "checkpoint.json", self.root / "inventory.parquet", self.root / "moments.parquet", self.config
-        )
+        files = {"checkpoint": "checkpoint.json", "inventory": "inventory.parquet", "moments": "moments.parquet"}
+        self.experiments = open_experiments({part: self.root / file for part, file in files.items()}, self.config)
+        self.inventory, self.store = self.experiments.inventory, self.experiments.store
+        tokens = TOKENS.read(self.root / "tokens.parquet")
         each = len(tokens["tokens"].iloc[0])
         self.segments = [
             spread(tokens, TOKENS_READ // each, "select"),

@@ -136,22 +136,22 @@ def stage(name: str, arguments: argparse.Namespace) -> None:
     )
     tables = {name: results / f"{name}.parquet" for name in ("inventory", "tokens", "items", "moments")}
     checkpoint, ends = results / "checkpoint.json", sorted({0, arguments.blocks - 1})
-    paths = {"path_to_checkpoint": checkpoint, "path_to_inventory": tables["inventory"]}
+    files = {"checkpoint": checkpoint, **tables}
     results.mkdir(parents=True, exist_ok=True)
     if name == "write":
         write(folder, SHAPES[arguments.shape], arguments.blocks)
     elif name == "retrieve":
         sheet = config.Model(path=str(folder), family="qwen2", blocks=arguments.blocks)
-        script("retrieve_model")(name=MODEL, sheet=sheet, **paths)
+        found = {"path_to_checkpoint": checkpoint, "path_to_inventory": tables["inventory"]}
+        script("retrieve_model")(name=MODEL, sheet=sheet, **found)
         texts = {"path_to_tokens": tables["tokens"], "path_to_items": tables["items"]}
         script("retrieve_corpora")(path_to_checkpoint=checkpoint, settings=settings, **texts)
     elif name == "calibrate":
-        more = {"path_to_tokens": tables["tokens"], "path_to_moments": tables["moments"]}
-        script("calibrate")(settings=settings, **paths, **more)
+        script("calibrate")(inputs=files, settings=settings, path_to_moments=tables["moments"])
     elif name == "sweep":
         for block in ends:
             unit, path = f"block-{block:03d}", results / f"sweep-{block}.parquet"
-            script("sweep")(unit=unit, settings=settings, path_to_moments=tables["moments"], path=path, **paths)
+            script("sweep")(unit=unit, inputs=files, settings=settings, path_to_errors=path)
     else:
         compress(ends, settings, results, checkpoint, tables)
 

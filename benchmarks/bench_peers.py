@@ -14,8 +14,8 @@ selects by. All are judged by one evaluation (comparison.py) on the windows of t
     seconds    CPU seconds of all processes from the model to its packed checkpoint, imports included; peak memory: of
                the largest of them. bitalloc: calibrate, sweep, sensitivity and fit, which serve all budgets, and what
                one budget takes after them, `further_seconds`
-    pairs      r = KL of ours over that of the strongest peer, at no more bytes than the peer's and on the same windows;
-               95 %: paired bootstrap over windows
+    pairs      r = KL of ours over that of the strongest peer, at no more bytes than the peer's and on the same windows,
+               and likewise PPL over PPL; 95 %: paired bootstrap over windows
     calibrations  exp(mean of log r +- t(.975; n - 1) s / sqrt(n)) over n seeds (s: deviation of log r). A seed draws
                calibrate, select and report windows anew, so this interval holds the choice of windows too
 
@@ -36,7 +36,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from comparison import Evaluation, draw, over_seeds, ratio, summary
+from comparison import Evaluation, draw, over_seeds, perplexity_ratio, ratio, summary
 from peers.whole import nbytes
 from project import QUALITY, ROOT, STRATEGIES, Project, Subject, subject
 from running import FailedError, Took, environment, threaded, timed
@@ -63,9 +63,16 @@ RIVALS = [tool for tool in PEERS if tool != MAP]
 OURS = [f"bitalloc {strategy}" for strategy in (*STRATEGIES, QUALITY)]
 SAME = 1.005  # a peer may have so many times the budget before ours is given as much
 NEAR = 0.1  # a peer that misses its budget by more is no rival at it
-OVER = "{tool} at {budget:g} bits: {ratio:.3f} [{lo:.3f}, {hi:.3f}] times the KL of {peer}, calibrations: {n}"
+OVER = (
+    "{tool} at {budget:g} bits: {ratio:.3f} [{lo:.3f}, {hi:.3f}] times the KL of {peer}, "
+    "{ppl_ratio:.4f} [{ppl_lo:.4f}, {ppl_hi:.4f}] times its PPL, calibrations: {n}"
+)
 PLACE = ["model", "budget", "tool"]
-PAIR = "{tool} at {bytes:,} bytes: KL {ratio:.3f} [{lo:.3f}, {hi:.3f}] times that of {peer} at {peer_bytes:,}"
+PAIR = (
+    "{tool} at {bytes:,} bytes: KL {ratio:.3f} [{lo:.3f}, {hi:.3f}], PPL {ppl_ratio:.4f} [{ppl_lo:.4f}, {ppl_hi:.4f}] "
+    "times that of {peer} at {peer_bytes:,}"
+)
+RATIO, PPL_RATIO = ("ratio", "lo", "hi"), ("ppl_ratio", "ppl_lo", "ppl_hi")
 # columns of what was not made
 MADE = "bytes bpw seconds further_seconds wall_s peak_mem_mb missed_by setting version".split()
 COLUMNS = "tool asked bytes bpw missed_% NLL PPL KL [95_%] top-1 CPU_s MB".split()
@@ -300,10 +307,12 @@ class Comparison:
                     continue
                 if row["budget"] != bits(text) or row["bytes"] > peer["bytes"]:
                     continue
-                value, lo, hi = ratio(self.scores[row["tool"], text], self.scores[peer["tool"], budget])
+                both = self.scores[row["tool"], text], self.scores[peer["tool"], budget]
                 pair = {"model": self.subject.name, "seed": self.seed, "budget": peer["budget"]}
                 pair |= {"tool": row["tool"], "bytes": row["bytes"], "peer": peer["tool"], "peer_bytes": peer["bytes"]}
-                found.append({**pair, "ratio": value, "lo": lo, "hi": hi})
+                pair |= dict(zip(RATIO, ratio(*both), strict=True))
+                pair |= dict(zip(PPL_RATIO, perplexity_ratio(*both), strict=True))
+                found.append(pair)
         return found
 
 
@@ -349,13 +358,15 @@ def save(path: Path, rows: list[dict], pairs: list[dict]) -> dict[str, Any]:
         found[name] = [row for row in found[name] if (row["model"], row["seed"], row["tool"]) not in done] + new
     found["record"] = run_record("torch", "transformers", "snakemake")
     found["calibrations"] = []
-    frame = pd.DataFrame(found["pairs"], columns=[*PLACE, "peer", "ratio"])
+    frame = pd.DataFrame(found["pairs"], columns=[*PLACE, "peer", "ratio", "ppl_ratio"])
     for (model, budget, tool), part in frame.groupby(PLACE, sort=False):
         if len(part) < 2:
             continue
-        value, lo, hi = over_seeds(part["ratio"].tolist())
         place = {"model": model, "budget": budget, "tool": tool, "peer": ", ".join(sorted(set(part["peer"])))}
-        found["calibrations"].append({**place, "n": len(part), "ratio": value, "lo": lo, "hi": hi})
+        over = {"n": len(part)}
+        for names in (RATIO, PPL_RATIO):
+            over |= dict(zip(names, over_seeds(part[names[0]].tolist()), strict=True))
+        found["calibrations"].append({**place, **over})
     write_atomically(path, (json.dumps(found, indent=1) + "\n").encode())
     return found
 

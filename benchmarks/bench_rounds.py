@@ -79,9 +79,8 @@ def of_model(name: str) -> Iterator[Matrix]:
     settings = config.parse(
         yaml.safe_load(Path("config/config.yaml").read_text()) | yaml.safe_load(Path("config/models.yaml").read_text())
     ).for_model(name)
-    folder = Path("results") / name
-    paths = [folder / file for file in ("checkpoint.json", "inventory.parquet", "moments.parquet")]
-    ours = open_experiments(*paths, settings)
+    files = {"checkpoint": "checkpoint.json", "inventory": "inventory.parquet", "moments": "moments.parquet"}
+    ours = open_experiments({part: Path("results") / name / file for part, file in files.items()}, settings)
     group_size = max(settings.sweep.group_sizes)
     for layer in ours.layers:
         target = ours._target(layer)

@@ -36,7 +36,7 @@ from bitalloc.option import from_row
 from bitalloc.provenance import run_record
 from bitalloc.quant import CompressedMatrix
 from bitalloc.suites.scoring import Head, Windows, compare, hidden
-from bitalloc.tables import INVENTORY, PLAN, TOKENS
+from bitalloc.tables import PLAN, TOKENS
 from bitalloc.tune import Tuned, tune
 
 ROWS: dict[str, dict[str, Any]] = {
@@ -75,13 +75,11 @@ class Model:
         sheet = [yaml.safe_load(Path(f"config/{part}.yaml").read_text()) for part in ("config", "models")]
         self.name, self.settings = name, config.parse(sheet[0] | sheet[1]).for_model(name)
         self.folder = Path("results") / name
-        tables = [self.folder / f"{table}.parquet" for table in ("inventory", "moments")]
-        embeddings = self.folder / "embeddings.parquet"
-        offered = self.settings.sweep.embedding_bits != [16]
-        self.experiments: Experiments = open_experiments(
-            self.folder / "checkpoint.json", *tables, self.settings, embeddings if offered else None
-        )
-        self.inventory, self.tokens = INVENTORY.read(tables[0]), TOKENS.read(self.folder / "tokens.parquet")
+        tables = ["inventory", "moments", *(["embeddings"] if self.settings.sweep.embedding_bits != [16] else [])]
+        files = {"checkpoint": self.folder / "checkpoint.json"}
+        files |= {table: self.folder / f"{table}.parquet" for table in tables}
+        self.experiments: Experiments = open_experiments(files, self.settings)
+        self.inventory, self.tokens = self.experiments.inventory, TOKENS.read(self.folder / "tokens.parquet")
         self.model = load_model(self.experiments.checkpoint.path, device=self.experiments.device)
         self.head = Head(self.model).fixed()
         self.windows = {

@@ -4,43 +4,20 @@ from pathlib import Path
 
 from bitalloc import figures
 from bitalloc.analyze import analyze, headline
-from bitalloc.config import Analyze
+from bitalloc.config import Config
 from bitalloc.script import stage
-from bitalloc.tables import EVALUATE, GATES, GOODHART, PLANS, RESPONSES
+from bitalloc.tables import EVALUATE, GATES, GOODHART, PLANS, RESPONSES, as_verdicts
 
 
-def main(
-    *,
-    model: str,
-    inputs: dict[str, Path],
-    settings: Analyze,
-    calibrated: list[str],
-    seed: int,
-    table: Path,
-    figure: Path,
-) -> None:
+def main(*, model: str, inputs: dict[str, Path], settings: Config, outputs: dict[str, Path]) -> None:
     plans, evaluate, gates = PLANS.read(inputs["plans"]), EVALUATE.read(inputs["evaluate"]), GATES.read(inputs["gates"])
-    goodhart = analyze(
-        plans,
-        evaluate,
-        RESPONSES.read(inputs["responses"]),
-        settings=settings,
-        seed=seed,
-    )
-    GOODHART.write(goodhart, table, verdicts=gates.astype(object).where(gates.notna(), None).to_dict("records"))
-    sentence = headline(goodhart, evaluate, plans, gates)
-    stamp = figures.stamp(gates)
-    figures.goodhart(plans, evaluate, goodhart, sentence, figure, stamp, model=model, calibrated=calibrated)
+    responses, calibrated = RESPONSES.read(inputs["responses"]), settings.retrieve.calibrate
+    goodhart = analyze(plans, evaluate, responses, settings=settings.analyze, seed=settings.seed)
+    GOODHART.write(goodhart, outputs["table"], verdicts=as_verdicts(gates))
+    shown = plans, evaluate, goodhart, headline(goodhart, evaluate, plans, gates), outputs["figure"]
+    figures.goodhart(*shown, figures.stamp(gates), model=model, calibrated=calibrated)
 
 
 if __name__ == "__main__":
-    with stage(snakemake):
-        main(
-            model=snakemake.wildcards.model,
-            inputs={name: Path(path) for name, path in snakemake.input.items()},
-            settings=Analyze(**snakemake.params.settings["analyze"]),
-            calibrated=snakemake.params.settings["retrieve"]["calibrate"],
-            seed=snakemake.params.settings["seed"],
-            table=Path(snakemake.output.table),
-            figure=Path(snakemake.output.figure),
-        )
+    with stage(snakemake) as job:
+        main(model=snakemake.wildcards.model, inputs=job.inputs, settings=job.settings, outputs=job.outputs)

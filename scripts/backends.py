@@ -34,12 +34,12 @@ def main(
 
 
 if __name__ == "__main__":
-    with stage(snakemake):
+    with stage(snakemake) as job:
         main(
             backend=snakemake.wildcards.backend,
             plan=snakemake.wildcards.plan,
-            inputs={name: Path(path) for name, path in snakemake.input.items()},
-            settings=Config(**snakemake.params.settings),
-            remote_code=snakemake.params.sheet["remote_code"],
-            path_to_table=Path(snakemake.output[0]),
+            inputs=job.inputs,
+            settings=job.settings,
+            remote_code=job.remote_code,
+            path_to_table=job.output,
         )

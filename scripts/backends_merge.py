@@ -11,15 +11,15 @@ from bitalloc.tables import BACKENDS, GATES, verdicts
 
 def main(*, model: str, parts: list[Path], path_to_table: Path, path_to_figure: Path) -> None:
     BACKENDS.merge(parts, path_to_table)
-    gates = pd.DataFrame(verdicts(path_to_table), columns=[column.name for column in GATES.columns])
+    gates = pd.DataFrame(verdicts(path_to_table), columns=GATES.names)
     figures.backends(BACKENDS.read(path_to_table), path_to_figure, figures.stamp(gates), model=model)
 
 
 if __name__ == "__main__":
-    with stage(snakemake):
+    with stage(snakemake) as job:
         main(
             model=snakemake.wildcards.model,
             parts=[Path(part) for part in snakemake.input],
-            path_to_table=Path(snakemake.output.table),
-            path_to_figure=Path(snakemake.output.figure),
+            path_to_table=job.outputs["table"],
+            path_to_figure=job.outputs["figure"],
         )

@@ -6,5 +6,5 @@ from bitalloc.script import stage
 from bitalloc.tables import CHECKPOINTS
 
 if __name__ == "__main__":
-    with stage(snakemake):
-        CHECKPOINTS.merge([Path(part) for part in snakemake.input], Path(snakemake.output[0]))
+    with stage(snakemake) as job:
+        CHECKPOINTS.merge([Path(part) for part in snakemake.input], job.output)

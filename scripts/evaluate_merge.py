@@ -6,6 +6,7 @@ from bitalloc.script import stage
 from bitalloc.tables import EVALUATE, RESPONSES
 
 if __name__ == "__main__":
-    with stage(snakemake):  # every part holds the reference, which the divergence of its plans is measured against
-        EVALUATE.merge([Path(part) for part in snakemake.input.scores], Path(snakemake.output.scores))
-        RESPONSES.merge([Path(part) for part in snakemake.input.responses], Path(snakemake.output.responses))
+    with stage(snakemake) as job:
+        # every part holds the reference, which the divergence of its plans is measured against
+        EVALUATE.merge([Path(part) for part in snakemake.input.scores], job.outputs["scores"])
+        RESPONSES.merge([Path(part) for part in snakemake.input.responses], job.outputs["responses"])

@@ -3,33 +3,21 @@
 from pathlib import Path
 
 from bitalloc.config import Config
-from bitalloc.evaluate import evaluate
+from bitalloc.evaluate import evaluate, sources
 from bitalloc.experiments import open_experiments
 from bitalloc.script import stage
-from bitalloc.tables import CHECKPOINTS, EVALUATE, INVENTORY, ITEMS, PLAN, PLANS, READINGS, verdicts
+from bitalloc.tables import CHECKPOINTS, EVALUATE, ITEMS, PLANS, READINGS, verdicts
 
 
-def main(*, inputs: dict[str, Path], settings: Config, results: Path, path_to_scores: Path) -> None:
-    plans = PLANS.read(inputs["plans"])
-    written = CHECKPOINTS.read(inputs["checkpoints"]).set_index("plan")["path"]
-    chosen = plans.loc[plans["plan"].isin(written.index) | (plans["strategy"] == "uniform"), "plan"]
-    experiments = open_experiments(
-        inputs["checkpoint"], inputs["inventory"], inputs["moments"], settings, inputs.get("embeddings")
-    )
+def main(*, inputs: dict[str, Path], settings: Config, path_to_scores: Path) -> None:
+    plans, written = PLANS.read(inputs["plans"]), CHECKPOINTS.read(inputs["checkpoints"])["plan"]
     scores, _ = evaluate(
-        plans={
-            name: results / written[name] if name in written else PLAN.read(inputs["folder"] / f"{name}.parquet")
-            for name in chosen
-        },
-        path=experiments.checkpoint.path,
-        inventory=INVENTORY.read(inputs["inventory"]),
-        experiments=experiments,
+        plans=sources(plans.loc[plans["plan"].isin(written) | (plans["strategy"] == "uniform"), "plan"], inputs),
+        experiments=open_experiments(inputs, settings),
         tokens=READINGS.read(inputs["readings"]).assign(split="whole"),
         items=ITEMS.read(inputs["items_table"]).iloc[:0],
         split="whole",
         settings=settings.evaluate,
-        store=experiments.store,
-        device=experiments.device,
         suites=["protocols"],
         seed=settings.seed,
     )
@@ -37,10 +25,5 @@ def main(*, inputs: dict[str, Path], settings: Config, results: Path, path_to_sc
 
 
 if __name__ == "__main__":
-    with stage(snakemake):
-        main(
-            inputs={name: Path(path) for name, path in snakemake.input.items() if path},
-            settings=Config(**snakemake.params.settings),
-            results=Path(snakemake.input.checkpoints).parent,
-            path_to_scores=Path(snakemake.output[0]),
-        )
+    with stage(snakemake) as job:
+        main(inputs=job.inputs, settings=job.settings, path_to_scores=job.output)

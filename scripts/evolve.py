@@ -30,10 +30,5 @@ def main(*, model: str, inputs: dict[str, Path], settings: Config, outputs: dict
 
 
 if __name__ == "__main__":
-    with stage(snakemake):
-        main(
-            model=snakemake.wildcards.model,
-            inputs={name: Path(path) for name, path in snakemake.input.items()},
-            settings=Config(**snakemake.params.settings),
-            outputs={name: Path(path) for name, path in snakemake.output.items()},
-        )
+    with stage(snakemake) as job:
+        main(model=snakemake.wildcards.model, inputs=job.inputs, settings=job.settings, outputs=job.outputs)

@@ -10,52 +10,40 @@ from bitalloc.export import export
 from bitalloc.formats.huggingface import licence
 from bitalloc.report import card
 from bitalloc.script import stage
-from bitalloc.tables import EXPORTS, INVENTORY, PLAN, PLANS, TABLES, verdicts
+from bitalloc.tables import EXPORTS, INVENTORY, PLAN, TABLES, verdicts
 
 
 def main(
-    *,
-    names: dict[str, str],
-    inputs: dict[str, Path],
-    base: str | None,
-    settings: Config,
-    target: Path,
-    path_to_table: Path,
+    *, names: dict[str, str], inputs: dict[str, Path], base: str | None, settings: Config, outputs: dict[str, Path]
 ) -> None:
-    plans, name = PLANS.read(inputs["plans"]), names.get("format") or names["file_format"]
+    read = {name: TABLES[name].read(inputs[name]) for name in ("plans", "evaluate", "gates")}
+    plan, form = names["plan"], names.get("format") or names["file_format"]
     source = Path(json.loads(inputs["checkpoint"].read_text())["path"])
     text = partial(
         card,
         names["model"],
-        names["plan"],
-        form=name,
+        plan,
+        form=form,
         base=base,
         fused=settings.fuse,
         licence=licence(source / "README.md"),
         calibrated=settings.retrieve,
-        plan=PLAN.read(inputs["plans_folder"] / f"{names['plan']}.parquet"),
-        **{name: TABLES[name].read(inputs[name]) for name in ("plans", "evaluate", "gates")},
+        plan=PLAN.read(inputs["plans_folder"] / f"{plan}.parquet"),
+        **read,
     )
-    budget = plans.loc[plans["plan"] == names["plan"], "budget"].item()
-    most = limit(budget, INVENTORY.read(inputs["inventory"]))
+    budget = read["plans"].set_index("plan").at[plan, "budget"]
     row = export(
         inputs["folder"],
-        target,
-        name=name,
+        outputs["target"],
+        name=form,
         card=lambda nbytes: text(nbytes=nbytes),
-        limit=most,
+        limit=limit(budget, INVENTORY.read(inputs["inventory"])),
         k_quants=settings.export.k_quants,
     )
-    EXPORTS.write(row, path_to_table, verdicts=verdicts(inputs["plans"]))
+    EXPORTS.write(row, outputs["table"], verdicts=verdicts(inputs["plans"]))
 
 
 if __name__ == "__main__":
-    with stage(snakemake):
-        main(
-            names=dict(snakemake.wildcards.items()),
-            inputs={name: Path(path) for name, path in snakemake.input.items()},
-            base=snakemake.params.base,
-            settings=Config(**snakemake.params.settings),
-            target=Path(snakemake.output.target),
-            path_to_table=Path(snakemake.output.table),
-        )
+    with stage(snakemake) as job:
+        given = {"inputs": job.inputs, "settings": job.settings, "outputs": job.outputs}
+        main(names=dict(snakemake.wildcards.items()), base=snakemake.params.base, **given)

@@ -6,5 +6,5 @@ from bitalloc.script import stage
 from bitalloc.tables import EXPORTS
 
 if __name__ == "__main__":
-    with stage(snakemake):
-        EXPORTS.merge([Path(part) for part in snakemake.input], Path(snakemake.output[0]))
+    with stage(snakemake) as job:
+        EXPORTS.merge([Path(part) for part in snakemake.input], job.output)

@@ -13,10 +13,10 @@ def main(*, model: str, inputs: dict[str, Path], scheme: str, path_to_figure: Pa
 
 
 if __name__ == "__main__":
-    with stage(snakemake):
+    with stage(snakemake) as job:
         main(
             model=snakemake.wildcards.model,
-            inputs={name: Path(path) for name, path in snakemake.input.items()},
+            inputs=job.inputs,
             scheme=snakemake.params.scheme,
-            path_to_figure=Path(snakemake.output[0]),
+            path_to_figure=job.output,
         )

@@ -47,9 +47,5 @@ def main(*, inputs: dict[str, Path], settings: Config, outputs: dict[str, Path])
 
 
 if __name__ == "__main__":
-    with stage(snakemake):
-        main(
-            inputs={name: Path(path) for name, path in snakemake.input.items()},
-            settings=Config(**snakemake.params.settings),
-            outputs={name: Path(path) for name, path in snakemake.output.items()},
-        )
+    with stage(snakemake) as job:
+        main(inputs=job.inputs, settings=job.settings, outputs=job.outputs)

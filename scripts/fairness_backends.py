@@ -30,15 +30,9 @@ def main(*, inputs: dict[str, Path], settings: Config, remote_code: bool, path_t
             subject = Subject(Reader(written), checkpoint.path, scratch, device, remote_code)
             asked = {"settings": settings.evaluate, "seed": settings.seed}
             frames.append(measure("native", plan=arm, subject=subject, tokens=tokens, **asked))
-    columns = [column.name for column in BACKENDS.columns]
-    BACKENDS.write(pd.concat(frames) if frames else pd.DataFrame(columns=columns), path_to_table)
+    BACKENDS.write(pd.concat(frames) if frames else pd.DataFrame(columns=BACKENDS.names), path_to_table)
 
 
 if __name__ == "__main__":
-    with stage(snakemake):
-        main(
-            inputs={name: Path(path) for name, path in snakemake.input.items()},
-            settings=Config(**snakemake.params.settings),
-            remote_code=snakemake.params.sheet["remote_code"],
-            path_to_table=Path(snakemake.output[0]),
-        )
+    with stage(snakemake) as job:
+        main(inputs=job.inputs, settings=job.settings, remote_code=job.remote_code, path_to_table=job.output)

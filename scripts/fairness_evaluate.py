@@ -6,63 +6,39 @@ import pandas as pd
 
 from bitalloc import fairness, languages
 from bitalloc.config import Config
-from bitalloc.evaluate import evaluate
+from bitalloc.evaluate import evaluate, sources
 from bitalloc.experiments import open_experiments
 from bitalloc.script import stage
-from bitalloc.tables import ANSWERS, ARMS, INVENTORY, ITEMS, PARALLEL, PLAN, PLANS, SENTENCES
+from bitalloc.tables import ANSWERS, ARMS, ITEMS, PARALLEL, PLANS, SENTENCES
 
 
 def main(*, inputs: dict[str, Path], settings: Config, remote_code: bool, outputs: dict[str, Path]) -> None:
-    text, inventory, plans = (
-        PARALLEL.read(inputs["text"]),
-        INVENTORY.read(inputs["inventory"]),
-        PLANS.read(inputs["plans"]),
-    )
-    items = languages.spoken(ITEMS.read(inputs["items_table"]), text)
-    scored = settings.evaluate.model_copy(update={"batch": languages.batch(text, settings)})
-    experiments = open_experiments(inputs["checkpoint"], inputs["inventory"], inputs["moments"], settings)
-    frames = {name: PLAN.read(inputs["folder"] / f"{name}.parquet") for name in plans["plan"]}
-    drawn = set(plans.loc[plans["strategy"] == "random", "plan"])
-    named = {name: frame for name, frame in frames.items() if name not in drawn}
-    random = {name: frame for name, frame in frames.items() if name in drawn}
-    suites, read = ["perplexity", "world"] if len(items) else ["perplexity"], []
-    for split, some, asked in (
-        ("select", named, ["perplexity"]),
-        ("report", named, suites),
-        ("report", random, ["perplexity"]),
-    ):
-        _, responses = evaluate(
-            plans=some,
-            path=experiments.checkpoint.path,
-            inventory=inventory,
-            experiments=experiments,
-            tokens=languages.windows(text),
-            items=items,
-            split=split,
-            suites=asked,
-            settings=scored,
-            store=experiments.store,
-            device=experiments.device,
-            seed=settings.seed,
-            remote_code=remote_code,
-        )
-        read.append(responses if some is not random else responses[responses["plan"] != fairness.REFERENCE])
-    sentences, answers = languages.of_responses(pd.concat(read), text, inventory["model"].iloc[0])
-    select, _ = fairness.Damage.both(sentences, seed=settings.seed)
-    arms = [
-        fairness.plan_arms(select, rows, margin=settings.fairness.margin_en)
-        for _, rows in plans.groupby("budget", sort=False)
-    ]
+    text, plans = PARALLEL.read(inputs["text"]), PLANS.read(inputs["plans"])
+    items, experiments = languages.spoken(ITEMS.read(inputs["items_table"]), text), open_experiments(inputs, settings)
+    given = {
+        "experiments": experiments,
+        "tokens": languages.windows(text),
+        "items": items,
+        "settings": settings.evaluate.model_copy(update={"batch": languages.batch(text, settings)}),
+        "seed": settings.seed,
+        "remote_code": remote_code,
+    }
+    drawn = plans["strategy"] == "random"
+    named, random = (sources(plans.loc[rows, "plan"], inputs) for rows in (~drawn, drawn))
+    suites, alone = ["perplexity", "world"] if len(items) else ["perplexity"], ["perplexity"]
+    _, select = evaluate(plans=named, split="select", suites=alone, **given)
+    _, report = evaluate(plans=named, split="report", suites=suites, **given)
+    _, pool = evaluate(plans=random, split="report", suites=alone, **given)
+    responses = pd.concat([select, report, pool[pool["plan"] != fairness.REFERENCE]])
+    sentences, answers = languages.of_responses(responses, text, experiments.inventory["model"].iloc[0])
+    damage, _ = fairness.Damage.both(sentences, seed=settings.seed)
+    budgets = plans.groupby("budget", sort=False)
+    arms = [fairness.plan_arms(damage, rows, margin=settings.fairness.margin_en) for _, rows in budgets]
     SENTENCES.write(sentences, outputs["sentences"])
     ARMS.write(pd.concat(arms), outputs["arms"])
     ANSWERS.write(answers, outputs["answers"])
 
 
 if __name__ == "__main__":
-    with stage(snakemake):
-        main(
-            inputs={name: Path(path) for name, path in snakemake.input.items()},
-            settings=Config(**snakemake.params.settings),
-            remote_code=snakemake.params.sheet["remote_code"],
-            outputs={name: Path(path) for name, path in snakemake.output.items()},
-        )
+    with stage(snakemake) as job:
+        main(inputs=job.inputs, settings=job.settings, remote_code=job.remote_code, outputs=job.outputs)

@@ -1,4 +1,4 @@
-"""What a unit of error in each matrix costs each language -> languages.parquet [tables.LANGUAGES]."""
+"""What an error in each matrix costs each language -> languages.parquet [tables.LANGUAGES]."""
 
 from pathlib import Path
 
@@ -10,22 +10,19 @@ from bitalloc.evaluate import evaluate
 from bitalloc.experiments import open_experiments
 from bitalloc.script import stage
 from bitalloc.sensitivity import sensitivity
-from bitalloc.tables import INVENTORY, LANGUAGES, PARALLEL
+from bitalloc.tables import LANGUAGES, PARALLEL
 
 
 def main(*, inputs: dict[str, Path], settings: Config, remote_code: bool, path_to_languages: Path) -> None:
-    text, inventory = PARALLEL.read(inputs["text"]), INVENTORY.read(inputs["inventory"])
+    text, experiments = PARALLEL.read(inputs["text"]), open_experiments(inputs, settings)
     scored = settings.evaluate.model_copy(update={"batch": languages.batch(text, settings)})
-    experiments = open_experiments(inputs["checkpoint"], inputs["inventory"], inputs["moments"], settings)
-    tokens = languages.windows(text)
-    place = {"path": experiments.checkpoint.path, "inventory": inventory, "experiments": experiments}
-    place |= {"store": experiments.store, "device": experiments.device, "seed": settings.seed}
-    place |= {"remote_code": remote_code}
+    tokens, model = languages.windows(text), experiments.inventory["model"].iloc[0]
+    place = {"experiments": experiments, "seed": settings.seed, "remote_code": remote_code}
     read = []
     for split in ("select", "report"):  # the report split says which languages are at their floor
         asked = {"items": pd.DataFrame(), "split": split, "suites": ["perplexity"], "settings": scored}
         _, responses = evaluate(plans={}, tokens=tokens, **asked, **place)
-        read.append(languages.of_responses(responses, text, inventory["model"].iloc[0])[0])
+        read.append(languages.of_responses(responses, text, model)[0])
     floor = fairness.Damage.both(pd.concat(read), seed=settings.seed)[0].floor
     signal, parts = settings.sensitivity.signal, []
     for language, rows in tokens[tokens["split"] == "select"].groupby("corpus", sort=False):
@@ -34,14 +31,9 @@ def main(*, inputs: dict[str, Path], settings: Config, remote_code: bool, path_t
         own = read[0][read[0]["language"] == language]
         nll = own["nll_nats"].sum() / own["ntokens"].sum()
         parts.append(frame.assign(language=language, reference_nll_nats_per_token=nll, floor=language in floor))
-    LANGUAGES.write(pd.concat(parts)[[column.name for column in LANGUAGES.columns]], path_to_languages)
+    LANGUAGES.write(pd.concat(parts)[LANGUAGES.names], path_to_languages)
 
 
 if __name__ == "__main__":
-    with stage(snakemake):
-        main(
-            inputs={name: Path(path) for name, path in snakemake.input.items()},
-            settings=Config(**snakemake.params.settings),
-            remote_code=snakemake.params.sheet["remote_code"],
-            path_to_languages=Path(snakemake.output[0]),
-        )
+    with stage(snakemake) as job:
+        main(inputs=job.inputs, settings=job.settings, remote_code=job.remote_code, path_to_languages=job.output)

@@ -37,15 +37,10 @@ def main(*, inputs: dict[str, Path], settings: Config, remote_code: bool, output
     SENTENCES.write(found.sentences, outputs["sentences"])
     SETS.write(found.sets, outputs["sets"])
     ARMS.write(found.arms, outputs["arms"])
-    answers = pd.DataFrame(columns=[column.name for column in ANSWERS.columns])
+    answers = pd.DataFrame(columns=ANSWERS.names)
     ANSWERS.write(answers if found.answers is None else found.answers, outputs["answers"])
 
 
 if __name__ == "__main__":
-    with stage(snakemake):
-        main(
-            inputs={name: Path(path) for name, path in snakemake.input.items()},
-            settings=Config(**snakemake.params.settings),
-            remote_code=snakemake.params.sheet["remote_code"],
-            outputs={name: Path(path) for name, path in snakemake.output.items()},
-        )
+    with stage(snakemake) as job:
+        main(inputs=job.inputs, settings=job.settings, remote_code=job.remote_code, outputs=job.outputs)

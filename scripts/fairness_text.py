@@ -21,13 +21,9 @@ def main(*, path_to_checkpoint: Path, settings: Config, path_to_text: Path) -> N
         text = languages.built_in(asked.languages)
     text = languages.tokenise(text, load_tokenizer(folder), read_config(folder))
     text = languages.split(text, sentences=asked.sentences, seed=settings.seed)
-    PARALLEL.write(text[[column.name for column in PARALLEL.columns]], path_to_text)
+    PARALLEL.write(text[PARALLEL.names], path_to_text)
 
 
 if __name__ == "__main__":
-    with stage(snakemake):
-        main(
-            path_to_checkpoint=Path(snakemake.input.checkpoint),
-            settings=Config(**snakemake.params.settings),
-            path_to_text=Path(snakemake.output[0]),
-        )
+    with stage(snakemake) as job:
+        main(path_to_checkpoint=job.inputs["checkpoint"], settings=job.settings, path_to_text=job.output)

@@ -22,11 +22,11 @@ def main(*, gate: str, evidence: dict[str, Path], settings: dict, expected: int,
 
 
 if __name__ == "__main__":
-    with stage(snakemake):
+    with stage(snakemake) as job:
         main(
             gate=snakemake.params.gate,
-            evidence={name.removesuffix("_table"): Path(path) for name, path in snakemake.input.items()},
+            evidence={name.removesuffix("_table"): path for name, path in job.inputs.items()},
             settings=snakemake.params.settings,
             expected=snakemake.params.get("expected", 0),
-            path_to_verdict=Path(snakemake.output[0]),
+            path_to_verdict=job.output,
         )

@@ -11,12 +11,9 @@ from bitalloc.tables import GATES
 
 def main(*, paths_to_verdicts: list[Path], path_to_gates: Path) -> None:
     rows = [row for path in paths_to_verdicts for row in read_verdict(path)["checks"]]
-    GATES.write(pd.DataFrame(rows, columns=[column.name for column in GATES.columns]), path_to_gates)
+    GATES.write(pd.DataFrame(rows, columns=GATES.names), path_to_gates)
 
 
 if __name__ == "__main__":
-    with stage(snakemake):
-        main(
-            paths_to_verdicts=[Path(path) for path in snakemake.input],
-            path_to_gates=Path(snakemake.output[0]),
-        )
+    with stage(snakemake) as job:
+        main(paths_to_verdicts=[Path(path) for path in snakemake.input], path_to_gates=job.output)

@@ -14,10 +14,10 @@ def main(*, path_to_samples: Path, settings: Config, workers: int, path_to_outco
 
 
 if __name__ == "__main__":
-    with stage(snakemake):
+    with stage(snakemake) as job:
         main(
             path_to_samples=Path(snakemake.input[0]),
-            settings=Config(**snakemake.params.settings),
+            settings=job.settings,
             workers=snakemake.threads,
-            path_to_outcomes=Path(snakemake.output[0]),
+            path_to_outcomes=job.output,
         )

@@ -27,11 +27,11 @@ def main(
 
 
 if __name__ == "__main__":
-    with stage(snakemake):
+    with stage(snakemake) as job:
         main(
             plan=snakemake.wildcards.plan,
-            inputs={name: Path(snakemake.input[name]) for name in ("checkpoint", "inventory")},
+            inputs=job.inputs,
             plan_inputs=[Path(path) for path in snakemake.input.plan],
-            settings=Config(**snakemake.params.settings),
-            path_to_samples=Path(snakemake.output[0]),
+            settings=job.settings,
+            path_to_samples=job.output,
         )

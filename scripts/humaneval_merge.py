@@ -17,9 +17,9 @@ def main(*, paths_to_outcomes: list[Path], settings: Config, path_to_scores: Pat
 
 
 if __name__ == "__main__":
-    with stage(snakemake):
+    with stage(snakemake) as job:
         main(
             paths_to_outcomes=[Path(path) for path in snakemake.input],
-            settings=Config(**snakemake.params.settings),
-            path_to_scores=Path(snakemake.output[0]),
+            settings=job.settings,
+            path_to_scores=job.output,
         )

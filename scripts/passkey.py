@@ -4,10 +4,10 @@ from pathlib import Path
 
 from bitalloc.config import Config
 from bitalloc.corpus import load_tokenizer
-from bitalloc.ladder import open_bench
 from bitalloc.models import context_length, read_config
 from bitalloc.passkey import fitting, passkey
 from bitalloc.provenance import source_digest
+from bitalloc.schemes.ladder import open_bench
 from bitalloc.script import stage
 from bitalloc.store import digest
 from bitalloc.tables import PASSKEY
@@ -31,10 +31,5 @@ def main(*, inputs: dict[str, Path], settings: Config, remote_code: bool, path_t
 
 
 if __name__ == "__main__":
-    with stage(snakemake):
-        main(
-            inputs={name: Path(path) for name, path in snakemake.input.items()},
-            settings=Config(**snakemake.params.settings),
-            remote_code=snakemake.params.sheet["remote_code"],
-            path_to_passkey=Path(snakemake.output[0]),
-        )
+    with stage(snakemake) as job:
+        main(inputs=job.inputs, settings=job.settings, remote_code=job.remote_code, path_to_passkey=job.output)

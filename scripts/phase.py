@@ -6,7 +6,7 @@ from bitalloc import figures
 from bitalloc.config import Config
 from bitalloc.phase import controls, phase
 from bitalloc.script import stage
-from bitalloc.tables import CONTROLS, GATES, INVENTORY, PHASE, PLAN, PLANS, RESPONSES, SENSITIVITY, SWEEP
+from bitalloc.tables import CONTROLS, GATES, INVENTORY, PHASE, PLAN, PLANS, RESPONSES, SENSITIVITY, SWEEP, as_verdicts
 
 
 def main(*, model: str, inputs: dict[str, Path], settings: Config, outputs: dict[str, Path]) -> None:
@@ -23,17 +23,12 @@ def main(*, model: str, inputs: dict[str, Path], settings: Config, outputs: dict
     named = plans.loc[plans["strategy"].isin(["optimal", "bits_only", "rank_only"]), "plan"]
     frames = {name: PLAN.read(inputs["folder"] / f"{name}.parquet") for name in named}
     paired = controls(plans, RESPONSES.read(inputs["responses"]), frames, **drawn)
-    verdicts = gates.astype(object).where(gates.notna(), None).to_dict("records")
+    verdicts = as_verdicts(gates)
     PHASE.write(found, outputs["phase"], verdicts=verdicts)
     CONTROLS.write(paired, outputs["controls"], verdicts=verdicts)
     figures.phase(found, paired, outputs["figure"], figures.stamp(gates), model=model)
 
 
 if __name__ == "__main__":
-    with stage(snakemake):
-        main(
-            model=snakemake.wildcards.model,
-            inputs={name: Path(path) for name, path in snakemake.input.items()},
-            settings=Config(**snakemake.params.settings),
-            outputs={name: Path(path) for name, path in snakemake.output.items()},
-        )
+    with stage(snakemake) as job:
+        main(model=snakemake.wildcards.model, inputs=job.inputs, settings=job.settings, outputs=job.outputs)

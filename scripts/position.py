@@ -36,7 +36,7 @@ def main(
 
 
 if __name__ == "__main__":
-    with stage(snakemake):
+    with stage(snakemake) as job:
         main(
             study=Study(**snakemake.params.study),
             sheets={name: Model(**sheet) for name, sheet in snakemake.params.sheets.items()},
@@ -44,5 +44,5 @@ if __name__ == "__main__":
             inputs={name: [Path(path) for path in paths] for name, paths in snakemake.input.items()},
             resamples=snakemake.params.resamples,
             seed=snakemake.params.seed,
-            outputs={name: Path(path) for name, path in snakemake.output.items()},
+            outputs=job.outputs,
         )

@@ -43,16 +43,15 @@ def main(
                         speed=True,
                     )
                 )
-    columns = [column.name for column in BACKENDS.columns]
-    BACKENDS.write(pd.concat(frames) if frames else pd.DataFrame(columns=columns), path_to_table)
+    BACKENDS.write(pd.concat(frames) if frames else pd.DataFrame(columns=BACKENDS.names), path_to_table)
 
 
 if __name__ == "__main__":
-    with stage(snakemake):
+    with stage(snakemake) as job:
         main(
             rules=snakemake.params.rules,
-            inputs={name: Path(path) for name, path in snakemake.input.items()},
-            settings=Config(**snakemake.params.settings),
-            remote_code=snakemake.params.sheet["remote_code"],
-            path_to_table=Path(snakemake.output[0]),
+            inputs=job.inputs,
+            settings=job.settings,
+            remote_code=job.remote_code,
+            path_to_table=job.output,
         )

@@ -8,18 +8,18 @@ import pandas as pd
 from bitalloc import precision
 from bitalloc.config import Config, Study
 from bitalloc.evaluate import evaluate
-from bitalloc.experiments import Experiments
-from bitalloc.models import open_checkpoint, pick_device
+from bitalloc.experiments import open_experiments
 from bitalloc.script import stage
-from bitalloc.store import Store, write_atomically
+from bitalloc.store import write_atomically
 from bitalloc.strategies.position import position
-from bitalloc.tables import EVALUATE, INVENTORY, MOMENTS, PLAN, RESPONSES, TOKENS
+from bitalloc.tables import EVALUATE, PLAN, RESPONSES, TOKENS
 
 
 def main(
     *, inputs: dict[str, Path], study: Study, settings: Config, remote_code: bool, outputs: dict[str, Path]
 ) -> None:
-    inventory, checkpoint = INVENTORY.read(inputs["inventory"]), open_checkpoint(inputs["checkpoint"])
+    experiments = open_experiments(inputs, settings)  # without moments: these plans need none
+    inventory = experiments.inventory
     known, blocks = precision.components(inventory), int(inventory["block"].max()) + 1
     outputs["folder"].mkdir(parents=True, exist_ok=True)
     plans = {}
@@ -29,25 +29,13 @@ def main(
         PLAN.write(plans[rule], outputs["folder"] / f"{rule}.parquet")
         told = json.dumps(precision.compact(mapping), indent=1) + "\n"
         write_atomically(outputs["folder"] / f"{rule}.json", told.encode())
-    store, device = Store(Path(settings.store)), pick_device(settings.device)
     scores, responses = evaluate(
         plans=plans,
-        path=checkpoint.path,
-        inventory=inventory,
-        experiments=Experiments(
-            checkpoint=checkpoint,
-            inventory=inventory,
-            moments=pd.DataFrame(columns=[column.name for column in MOMENTS.columns]),  # these plans need none
-            store=store,
-            sweep=settings.sweep,
-            device=device,
-        ),
+        experiments=experiments,
         tokens=TOKENS.read(inputs["tokens"]),
         items=pd.DataFrame(),
         split="report",
         settings=settings.evaluate,
-        store=store,
-        device=device,
         suites=["perplexity", "divergence"],
         seed=settings.seed,
         remote_code=remote_code,
@@ -58,11 +46,6 @@ def main(
 
 
 if __name__ == "__main__":
-    with stage(snakemake):
-        main(
-            inputs={name: Path(path) for name, path in snakemake.input.items()},
-            study=Study(**snakemake.params.study),
-            settings=Config(**snakemake.params.settings),
-            remote_code=snakemake.params.sheet["remote_code"],
-            outputs={name: Path(path) for name, path in snakemake.output.items()},
-        )
+    with stage(snakemake) as job:
+        study, given = Study(**snakemake.params.study), {"inputs": job.inputs, "outputs": job.outputs}
+        main(study=study, settings=job.settings, remote_code=job.remote_code, **given)

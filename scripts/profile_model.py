@@ -4,7 +4,6 @@ By hand: python scripts/profile_model.py --config config/runs/tiny.yaml
 """
 
 import json
-import sys
 from pathlib import Path
 
 from bitalloc import figures, records, run
@@ -19,21 +18,13 @@ from bitalloc.variants import variants
 
 
 def main(
-    *,
-    model: str,
-    inputs: dict[str, Path],
-    plans: list[Path],
-    path_to_tokens: Path | None,
-    settings: Config,
-    remote_code: bool,
-    path_to_table: Path,
-    path_to_figure: Path,
+    *, inputs: dict[str, Path], plans: list[Path], settings: Config, remote_code: bool, outputs: dict[str, Path]
 ) -> None:
-    inventory = INVENTORY.read(inputs["inventory"])
+    inventory, calibration = INVENTORY.read(inputs["inventory"]), None
+    model = inventory["model"].iloc[0]
     asked = settings.model_dump(mode="json", include={"profile", "schemes", "device"}) | {"model": {"name": model}}
-    calibration = None
-    if path_to_tokens:
-        windows = spread(TOKENS.read(path_to_tokens), settings.schemes.windows)["tokens"]
+    if "tokens" in inputs:
+        windows = spread(TOKENS.read(inputs["tokens"]), settings.schemes.windows)["tokens"]
         calibration = [ids.tolist() for ids in windows]
     with variants(
         settings.profile.variants,
@@ -41,7 +32,7 @@ def main(
         inventory=inventory,
         device=pick_device(settings.device).type,
         threads=settings.threads,
-        scratch=path_to_table.parent,
+        scratch=outputs["table"].parent,
         plans={plan.name: plan for plan in plans},
         remote_code=remote_code,
         schemes=settings.schemes,
@@ -56,22 +47,13 @@ def main(
             revision=json.loads(inputs["checkpoint"].read_text())["revision"],
             seed=settings.seed,
         )
-    RECORDS.write(records.frame(rows), path_to_table)
-    figures.profile(RECORDS.read(path_to_table), path_to_figure, model=model)
+    RECORDS.write(records.frame(rows), outputs["table"])
+    figures.profile(RECORDS.read(outputs["table"]), outputs["figure"], model=model)
 
-
-if __name__ == "__main__" and "snakemake" not in globals():
-    sys.exit(run.command(run.profile, __doc__))
 
 if __name__ == "__main__":
-    with stage(snakemake):
-        main(
-            model=snakemake.wildcards.model,
-            inputs={name: Path(snakemake.input[name]) for name in ("checkpoint", "inventory")},
-            plans=[Path(path) for path in snakemake.input.models],
-            path_to_tokens=Path(snakemake.input.tokens) if snakemake.input.tokens else None,
-            settings=Config(**snakemake.params.settings),
-            remote_code=snakemake.params.sheet["remote_code"],
-            path_to_table=Path(snakemake.output.table),
-            path_to_figure=Path(snakemake.output.figure),
-        )
+    if "snakemake" not in globals():
+        raise SystemExit(run.command(run.profile, __doc__))
+    with stage(snakemake) as job:
+        given = {"inputs": job.inputs, "settings": job.settings, "remote_code": job.remote_code, "outputs": job.outputs}
+        main(plans=[Path(path) for path in snakemake.input.models], **given)

@@ -30,13 +30,13 @@ def main(
 
 
 if __name__ == "__main__":
-    with stage(snakemake):
+    with stage(snakemake) as job:
         main(
             model=snakemake.wildcards.model,
-            inputs={name: Path(path) for name, path in snakemake.input.items() if path and name in WANTED},
+            inputs={name: path for name, path in job.inputs.items() if name in WANTED},
             figures=[Path(path) for path in snakemake.input.figures],
             captions=[Path(path) for path in snakemake.input.captions],
-            template=Path(snakemake.input.template),
+            template=job.inputs["template"],
             logs=Path(snakemake.log[0]).parent,
-            outputs={name: Path(path) for name, path in snakemake.output.items()},
+            outputs=job.outputs,
         )

@@ -20,10 +20,10 @@ def main(*, model: str, inputs: dict[str, Path], calibrated: list[str], path_to_
 
 
 if __name__ == "__main__":
-    with stage(snakemake):
+    with stage(snakemake) as job:
         main(
             model=snakemake.wildcards.model,
-            inputs={name: Path(path) for name, path in snakemake.input.items()},
+            inputs=job.inputs,
             calibrated=snakemake.params.settings["retrieve"]["calibrate"],
-            path_to_figure=Path(snakemake.output[0]),
+            path_to_figure=job.output,
         )

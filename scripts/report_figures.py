@@ -18,10 +18,10 @@ def main(*, inputs: dict[str, Path], paths_to_verdicts: list[Path], form: str, o
 
 
 if __name__ == "__main__":
-    with stage(snakemake):
+    with stage(snakemake) as job:
         main(
-            inputs={name: Path(snakemake.input[name]) for name in ("sensitivity", "sweep", "law", "residuals")},
+            inputs=job.inputs,
             paths_to_verdicts=[Path(path) for path in snakemake.input.verdicts],
             form=snakemake.params.settings["fit"]["form"],
-            outputs={name: Path(path) for name, path in snakemake.output.items()},
+            outputs=job.outputs,
         )

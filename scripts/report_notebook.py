@@ -12,5 +12,5 @@ def main(*, source: Path, path_to_notebook: Path) -> None:
 
 
 if __name__ == "__main__":
-    with stage(snakemake):
-        main(source=Path(snakemake.input.source), path_to_notebook=Path(snakemake.output[0]))
+    with stage(snakemake) as job:
+        main(source=job.inputs["source"], path_to_notebook=job.output)

@@ -28,13 +28,13 @@ def main(
 
 
 if __name__ == "__main__":
-    with stage(snakemake):
+    with stage(snakemake) as job:
         main(
             model=snakemake.wildcards.model,
-            inputs={name: Path(path) for name, path in snakemake.input.items() if name in TABLES},
+            inputs={name: path for name, path in job.inputs.items() if name in TABLES},
             figures=[Path(path) for path in snakemake.input.figures],
             captions=[Path(path) for path in snakemake.input.captions],
-            template=Path(snakemake.input.template),
+            template=job.inputs["template"],
             authors=snakemake.params.settings["report"]["authors"],
-            path_to_paper=Path(snakemake.output.paper),
+            path_to_paper=job.outputs["paper"],
         )

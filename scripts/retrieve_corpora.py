@@ -16,10 +16,10 @@ def main(*, path_to_checkpoint: Path, settings: Config, path_to_tokens: Path, pa
 
 
 if __name__ == "__main__":
-    with stage(snakemake):
+    with stage(snakemake) as job:
         main(
-            path_to_checkpoint=Path(snakemake.input.checkpoint),
-            settings=Config(**snakemake.params.settings),
-            path_to_tokens=Path(snakemake.output.tokens),
-            path_to_items=Path(snakemake.output.items_table),
+            path_to_checkpoint=job.inputs["checkpoint"],
+            settings=job.settings,
+            path_to_tokens=job.outputs["tokens"],
+            path_to_items=job.outputs["items_table"],
         )

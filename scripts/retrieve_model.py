@@ -19,10 +19,10 @@ def main(*, name: str, sheet: Model, path_to_checkpoint: Path, path_to_inventory
 
 
 if __name__ == "__main__":
-    with stage(snakemake):
+    with stage(snakemake) as job:
         main(
             name=snakemake.wildcards.model,
             sheet=Model(**snakemake.params.sheet),
-            path_to_checkpoint=Path(snakemake.output.checkpoint),
-            path_to_inventory=Path(snakemake.output.inventory),
+            path_to_checkpoint=job.outputs["checkpoint"],
+            path_to_inventory=job.outputs["inventory"],
         )

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from bitalloc.config import Config
-from bitalloc.ladder import ladder, open_bench
+from bitalloc.schemes.ladder import ladder, open_bench
 from bitalloc.script import stage
 from bitalloc.tables import SCHEMES
 
@@ -13,10 +13,5 @@ def main(*, inputs: dict[str, Path], settings: Config, remote_code: bool, path_t
 
 
 if __name__ == "__main__":
-    with stage(snakemake):
-        main(
-            inputs={name: Path(path) for name, path in snakemake.input.items()},
-            settings=Config(**snakemake.params.settings),
-            remote_code=snakemake.params.sheet["remote_code"],
-            path_to_schemes=Path(snakemake.output[0]),
-        )
+    with stage(snakemake) as job:
+        main(inputs=job.inputs, settings=job.settings, remote_code=job.remote_code, path_to_schemes=job.output)

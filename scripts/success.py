@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from bitalloc.config import Fit
+from bitalloc.config import Config
 from bitalloc.script import stage
 from bitalloc.success import success
-from bitalloc.tables import EVALUATE, GATES, GOODHART, LAW, PLANS, SUCCESS
+from bitalloc.tables import EVALUATE, GATES, GOODHART, LAW, PLANS, SUCCESS, as_verdicts
 
 
-def main(*, inputs: dict[str, Path], settings: Fit, path_to_success: Path) -> None:
+def main(*, inputs: dict[str, Path], settings: Config, path_to_success: Path) -> None:
     gates = GATES.read(inputs["gates"])
     frame = success(
         PLANS.read(inputs["plans"]),
@@ -16,16 +16,11 @@ def main(*, inputs: dict[str, Path], settings: Fit, path_to_success: Path) -> No
         GOODHART.read(inputs["goodhart"]),
         LAW.read(inputs["law"]),
         gates,
-        form=settings.form,
+        form=settings.fit.form,
     )
-    verdicts = gates.astype(object).where(gates.notna(), None).to_dict("records")
-    SUCCESS.write(frame, path_to_success, verdicts=verdicts)
+    SUCCESS.write(frame, path_to_success, verdicts=as_verdicts(gates))
 
 
 if __name__ == "__main__":
-    with stage(snakemake):
-        main(
-            inputs={name: Path(path) for name, path in snakemake.input.items()},
-            settings=Fit(**snakemake.params.settings["fit"]),
-            path_to_success=Path(snakemake.output[0]),
-        )
+    with stage(snakemake) as job:
+        main(inputs=job.inputs, settings=job.settings, path_to_success=job.output)

@@ -20,11 +20,11 @@ def main(*, paths_to_units: list[Path], path_to_inventory: Path, name: str, sett
 
 
 if __name__ == "__main__":
-    with stage(snakemake):
+    with stage(snakemake) as job:
         main(
             paths_to_units=[Path(path) for path in snakemake.input.units],
-            path_to_inventory=Path(snakemake.input.inventory),
+            path_to_inventory=job.inputs["inventory"],
             name=snakemake.params.family,
             settings=Sweep(**snakemake.params.settings["sweep"]),
-            path=Path(snakemake.output[0]),
+            path=job.output,
         )

@@ -10,18 +10,11 @@ from bitalloc.store import Store
 from bitalloc.tables import EMBEDDINGS, INVENTORY, TOKENS
 
 
-def main(
-    *,
-    path_to_checkpoint: Path,
-    path_to_inventory: Path,
-    path_to_tokens: Path,
-    settings: Config,
-    path_to_embeddings: Path,
-) -> None:
+def main(*, inputs: dict[str, Path], settings: Config, path_to_embeddings: Path) -> None:
     frame = embeddings(
-        checkpoint=open_checkpoint(path_to_checkpoint),
-        inventory=INVENTORY.read(path_to_inventory),
-        tokens=TOKENS.read(path_to_tokens),
+        checkpoint=open_checkpoint(inputs["checkpoint"]),
+        inventory=INVENTORY.read(inputs["inventory"]),
+        tokens=TOKENS.read(inputs["tokens"]),
         sweep=settings.sweep,
         settings=settings.sensitivity,
         store=Store(Path(settings.store)),
@@ -32,11 +25,5 @@ def main(
 
 
 if __name__ == "__main__":
-    with stage(snakemake):
-        main(
-            path_to_checkpoint=Path(snakemake.input.checkpoint),
-            path_to_inventory=Path(snakemake.input.inventory),
-            path_to_tokens=Path(snakemake.input.tokens),
-            settings=Config(**snakemake.params.settings),
-            path_to_embeddings=Path(snakemake.output[0]),
-        )
+    with stage(snakemake) as job:
+        main(inputs=job.inputs, settings=job.settings, path_to_embeddings=job.output)

@@ -7,10 +7,10 @@ from bitalloc.script import stage
 from bitalloc.store import Store
 
 if __name__ == "__main__":
-    with stage(snakemake):
+    with stage(snakemake) as job:
         train.train_gpt2(
-            Path(snakemake.output[0]).parent,
+            job.output.parent,
             blocks=int(snakemake.wildcards.blocks),
-            tokenizer=Path(snakemake.input.tokenizer).parent,
+            tokenizer=job.inputs["tokenizer"].parent,
             store=Store(Path(snakemake.params.store)),
         )

@@ -11,5 +11,5 @@ def main(*, path_to_model: Path) -> None:
 
 
 if __name__ == "__main__":
-    with stage(snakemake):
-        main(path_to_model=Path(snakemake.output[0]).parent)
+    with stage(snakemake) as job:
+        main(path_to_model=job.output.parent)

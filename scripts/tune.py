@@ -16,9 +16,7 @@ def main(*, plan: str, inputs: dict[str, Path], settings: Config, path_to_table:
         plan=PLAN.read(path_to_plan),
         tokens=TOKENS.read(inputs["tokens"]),
         inventory=INVENTORY.read(inputs["inventory"]),
-        experiments=open_experiments(
-            inputs["checkpoint"], inputs["inventory"], inputs["moments"], settings, inputs.get("embeddings")
-        ),
+        experiments=open_experiments(inputs, settings),
         settings=settings.tune,
         seed=settings.seed,
     )
@@ -26,10 +24,5 @@ def main(*, plan: str, inputs: dict[str, Path], settings: Config, path_to_table:
 
 
 if __name__ == "__main__":
-    with stage(snakemake):
-        main(
-            plan=snakemake.wildcards.plan,
-            inputs={name: Path(path) for name, path in snakemake.input.items() if path},
-            settings=Config(**snakemake.params.settings),
-            path_to_table=Path(snakemake.output[0]),
-        )
+    with stage(snakemake) as job:
+        main(plan=snakemake.wildcards.plan, inputs=job.inputs, settings=job.settings, path_to_table=job.output)

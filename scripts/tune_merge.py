@@ -6,5 +6,5 @@ from bitalloc.script import stage
 from bitalloc.tables import TUNED
 
 if __name__ == "__main__":
-    with stage(snakemake):
-        TUNED.merge([Path(part) for part in snakemake.input], Path(snakemake.output[0]))
+    with stage(snakemake) as job:
+        TUNED.merge([Path(part) for part in snakemake.input], job.output)

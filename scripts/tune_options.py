@@ -19,7 +19,7 @@ def main(*, model: str, inputs: dict[str, Path], settings: Config, outputs: dict
         sweep=SWEEP.read(inputs["sweep"]),
         tokens=TOKENS.read(inputs["tokens"]),
         inventory=INVENTORY.read(inputs["inventory"]),
-        experiments=open_experiments(inputs["checkpoint"], inputs["inventory"], inputs["moments"], settings),
+        experiments=open_experiments(inputs, settings),
         settings=settings.tune,
         seed=settings.seed,
     )
@@ -28,10 +28,5 @@ def main(*, model: str, inputs: dict[str, Path], settings: Config, outputs: dict
 
 
 if __name__ == "__main__":
-    with stage(snakemake):
-        main(
-            model=snakemake.wildcards.model,
-            inputs={name: Path(path) for name, path in snakemake.input.items()},
-            settings=Config(**snakemake.params.settings),
-            outputs={name: Path(path) for name, path in snakemake.output.items()},
-        )
+    with stage(snakemake) as job:
+        main(model=snakemake.wildcards.model, inputs=job.inputs, settings=job.settings, outputs=job.outputs)

@@ -22,7 +22,7 @@ class Results:
 
 
 def empty(table: tables.Table, rows: list[dict]) -> pd.DataFrame:
-    return pd.DataFrame(rows, columns=[column.name for column in table.columns])
+    return pd.DataFrame(rows, columns=table.names)
 
 
 def simulate(
@@ -116,7 +116,7 @@ def _evaluate(responses: pd.DataFrame) -> pd.DataFrame:
     frame["status"] = np.where((frame["metric"] == "acc") & frame["task"].isin(floor), "floor", "ok")
     ppl = frame[frame["metric"] == "nll_nats_per_token"].assign(metric="ppl")
     ppl = ppl.assign(**{end: np.exp(ppl[end]) for end in ("value", "lo", "hi")})
-    return pd.concat([frame, ppl], ignore_index=True)[[column.name for column in tables.EVALUATE.columns]]
+    return pd.concat([frame, ppl], ignore_index=True)[tables.EVALUATE.names]
 
 
 def gates() -> pd.DataFrame:
@@ -128,7 +128,7 @@ def gates() -> pd.DataFrame:
         ("pilot", "manual_gain", 0.004, 0.02, ">", False, "warn", "measured .004: manual is near uniform", "select"),
         ("downstream", "downstream", 1.3, 2.0, "<=", True, "stop", "", "evaluate.parquet"),
     ]
-    return pd.DataFrame(rows, columns=[column.name for column in tables.GATES.columns])
+    return pd.DataFrame(rows, columns=tables.GATES.names)
 
 
 def sweep(blocks: int = 4, seed: int = 0) -> pd.DataFrame:

@@ -239,7 +239,7 @@ def test_the_figure_shows_what_ran_and_why_not(tmp_path: Path) -> None:
                     row |= {"ppl": ppl, "ppl_lo": ppl - 0.2, "ppl_hi": ppl + 0.3, "max_logit_difference": 1e-6}
                     row |= {"nbytes": 10**6, "held": "memory"}
                 rows.append(row)
-    frame = pd.DataFrame(rows, columns=[column.name for column in TABLE.columns])
+    frame = pd.DataFrame(rows, columns=TABLE.names)
     for name in "ab":
         figures.backends(frame, tmp_path / f"{name}.png", STAMP, model="tiny")
     drawn(tmp_path / "a.png", 13.5)

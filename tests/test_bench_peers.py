@@ -165,13 +165,13 @@ def test_calibrations_go_into_one_interval(bench, tmp_path):
     place = {"model": "small", "budget": 2.5, "tool": "bitalloc best", "peer": "nearest"}
     file = tmp_path / "peers.json"
     for seed, ratio in enumerate((0.4, 0.6)):
-        bench.save(
-            file, [{"model": "small", "seed": seed, "tool": "nearest"}], [{**place, "seed": seed, "ratio": ratio}]
-        )
+        pair = {**place, "seed": seed, "ratio": ratio, "ppl_ratio": 1.01}
+        bench.save(file, [{"model": "small", "seed": seed, "tool": "nearest"}], [pair])
     found = bench.save(file, [{"model": "small", "seed": 0, "tool": "nearest", "kl": 1.0}], [])
     assert [row.get("kl") for row in found["rows"]] == [None, 1.0] and len(found["pairs"]) == 2
     (over,) = found["calibrations"]
     assert over["ratio"] == pytest.approx(0.24**0.5) and over["n"] == 2 and over["lo"] < 0.4 and over["hi"] > 0.6
+    assert over["ppl_ratio"] == pytest.approx(1.01) and over["ppl_hi"] == pytest.approx(1.01)
 
 
 def test_model_is_known_by_its_files(bench, made, tmp_path):

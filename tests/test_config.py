@@ -68,7 +68,7 @@ def test_settings_of_a_model_lie_over_the_configuration():
     [
         ({"swep": {}}, ["swep", "did you mean 'sweep'"]),
         ({"sweep": {"bitz": [2]}}, ["sweep.bitz", "did you mean 'bits'"]),
-        ({"sweep": {"bits": [5]}}, ["sweep.bits", "2, 3, 4, 8 or 16", "'5'"]),
+        ({"sweep": {"bits": [7]}}, ["sweep.bits", "2, 3, 4, 5, 6, 8 or 16", "'7'"]),
         ({"models": {"x": {"path": "a", "family": "qwen", "blocks": 1}}}, ["did you mean 'qwen2'"]),
         ({"models": {"x": {"family": "qwen2", "blocks": 1}}}, ["hub", "path"]),
         ({"gates": {"checks": {"beta": {"threshold": 0, "mode": "warn"}}}}, ["why", "reason"]),

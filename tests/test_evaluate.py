@@ -32,11 +32,8 @@ def run(bench: Small, plans: dict[str, Any], store: Path, **over: Any) -> tuple[
     settings = {"split": "report", "settings": SETTINGS, "tokens": tokens(), "items": items()} | over
     return stage.evaluate(
         plans=plans,
-        path=bench.path,
-        inventory=bench.inventory,
         experiments=bench.experiments,
         store=Store(store),
-        device=CPU,
         **settings,
     )
 
@@ -244,9 +241,7 @@ def test_the_model_ends_up_with_the_weights_of_the_plan(bench: Small) -> None:
 
     settings = {"items": items(), "suites": ["perplexity"], "remote_code": False}
     windows = Windows(tokens().iloc[:2], batch=2, device=CPU)
-    subject = stage.Bench(
-        path=bench.path, inventory=bench.inventory, experiments=bench.experiments, windows=windows, **settings
-    )
+    subject = stage.Bench(experiments=bench.experiments, windows=windows, **settings)
     subject.put_on(subject.subject("p", bench.plan(OPTIONS)))
     subject.put_on(stage.Subject({}))
     for layer in bench.layers:

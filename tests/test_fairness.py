@@ -200,7 +200,7 @@ def test_names_bytes_and_filling(chosen, budget):
 def test_units_are_read_back_from_the_table():
     plans = [NONE, *UNITS.added, "wte+h.0"]
     frame = fairness.read_sets("m", plans, UNITS, low="int4", high="fp16")
-    assert set(frame) == {column.name for column in SETS.columns}
+    assert set(frame) == set(SETS.names)
     assert Units.of(frame) == UNITS
 
 
@@ -240,12 +240,12 @@ def test_a_pair_whose_members_do_nothing_alone_is_found(monkeypatch, exhaustive)
     assert found.frequency["h.1"] > 0.9
     assert found.frequency["wte"] < 0.1
     table = fairness.synergies(damage, UNITS)
-    assert set(table) == {column.name for column in SYNERGY.columns}
+    assert set(table) == set(SYNERGY.names)
     best = table.loc[table["value"].idxmax()]
     assert (best["first"], best["second"]) == ("h.1", "h.3")
     assert best["lo"] > 0.3
     units = fairness.protected(damage, UNITS, found, "1040")
-    assert set(units) == {column.name for column in PROTECTED.columns}
+    assert set(units) == set(PROTECTED.names)
     assert units.loc[units["chosen"], "unit"].tolist() == ["h.1", "h.3"]
 
 
@@ -319,7 +319,7 @@ def test_the_table_compares_every_arm_with_the_fair_one():
         ]
     )
     table = fairness.fairness(pd.concat(frames), sets, arms, answers)
-    assert set(table) == {column.name for column in FAIRNESS.columns}
+    assert set(table) == set(FAIRNESS.names)
     assert not table.duplicated(list(FAIRNESS.key)).any()
     of = table.set_index(["arm", "language", "metric"])
     assert of.loc[("fair", "all", "worst_rel_over_fair"), "value"] == 0

@@ -164,7 +164,7 @@ def test_maps_of_the_model(tmp_path, blocks):
     figures.sensitivity(sensitivity(blocks), tmp_path / "sensitivity.png", STAMP)
     figures.errors(errors, tmp_path / "errors.png", STAMP)
     plan = errors.groupby("layer", sort=False).sample(1, random_state=0).assign(cost_nats_per_token=0.0)
-    figures.plan(plan[[c.name for c in tables.PLAN.columns]], "optimal-2.6bpw", tmp_path / "plan.png", STAMP)
+    figures.plan(plan[tables.PLAN.names], "optimal-2.6bpw", tmp_path / "plan.png", STAMP)
     for name, width in (("sensitivity", 13.5), ("errors", 13.5), ("plan", 9)):
         drawn(tmp_path / f"{name}.png", width)
 

@@ -50,7 +50,7 @@ def planted(form, *, blocks=6, bits=BITS, groups=GROUPS, ranks=RANKS, noise=0.02
                         )  # fmt: skip
     rest = {"model": "m", "site": "s", "quantizer": "gptq", "nbytes": 1, "mse": 0.1, "nmse": 0.1}
     rest |= {"weight_energy_ratio": 1.0, "key": "k", "wall_s": 0.0}
-    return pd.DataFrame(rows).assign(**rest)[[column.name for column in tables.SWEEP.columns]]
+    return pd.DataFrame(rows).assign(**rest)[tables.SWEEP.names]
 
 
 def inventory(sweep, rows=128, columns=64):

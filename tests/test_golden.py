@@ -78,9 +78,8 @@ def test_scores_of_the_reference_and_of_uniform_3_bits(chain):
         nbytes=[option.nbytes(row.rows, row.columns) for row in claimed.itertuples()], cost_nats_per_token=0.0
     ).reset_index(drop=True)
     scores, _ = evaluate(
-        plans={"uniform": plan}, path=TINY, inventory=inventory, experiments=experiments, tokens=tokens,
-        items=retrieve.items(settings, TINY), split="report", settings=settings.evaluate, store=experiments.store,
-        device=experiments.device,
+        plans={"uniform": plan}, experiments=experiments, tokens=tokens,
+        items=retrieve.items(settings, TINY), split="report", settings=settings.evaluate,
     )  # fmt: skip
     value = scores.set_index(["plan", "task", "metric"])["value"]
     assert value["reference", "world/report", "nll_nats_per_token"] == pytest.approx(NLL_NATS_PER_TOKEN, rel=1e-3)

@@ -14,7 +14,7 @@ def test_more_bits_more_rank_never_cost_fewer_bytes(shape, group_size, rank, fac
     def nbytes(bits, rank):
         return Option("gptq", bits, group_size, rank, factor_bits, symmetric).nbytes(*shape)
 
-    sizes = [nbytes(bits, rank) for bits in (2, 3, 4, 8)]
+    sizes = [nbytes(bits, rank) for bits in (2, 3, 4, 5, 6, 8)]
     assert sizes == sorted(sizes)
     assert nbytes(3, rank + 1) > nbytes(3, rank)
 

@@ -50,7 +50,7 @@ def backends(**changes: float | str) -> pd.DataFrame:
                 numbers = {"loss_nats_per_token": 1e-5, "loss_lo": -1e-4, "loss_hi": 1e-4}
                 numbers |= {"speedup": 0.8, "speedup_lo": 0.7, "speedup_hi": 0.9, "status": "measured"} | changes
                 rows.append({"plan": plan, "backend": name, "task": f"{corpus}/report"} | numbers)
-    return pd.DataFrame(rows, columns=[column.name for column in BACKENDS.columns])
+    return pd.DataFrame(rows, columns=BACKENDS.names)
 
 
 def verdicts(frame: pd.DataFrame, criterion: str) -> list[str]:

@@ -30,7 +30,7 @@ ENDS = {
     "gpt2": ["wte", "wpe"], "opt": ["wte", "wpe", "project_in", "project_out"], "qwen2": ["wte"],
     "llama": ["wte"], "mistral": ["wte"], "phi": ["wte"], "mamba2": ["wte"],
 }  # fmt: skip
-NO_MOMENTS = pd.DataFrame(columns=[column.name for column in MOMENTS.columns])
+NO_MOMENTS = pd.DataFrame(columns=MOMENTS.names)
 CHAMPION = {"wte,wpe": "int8", "h.1-h.3.mlp": "fp16", "h.11.attn": "fp16", "ln_f": "fp32", "default": "int8"}
 
 
@@ -205,8 +205,8 @@ def test_plans_run_without_moments_and_score_what_they_are(family: str, tmp_path
     written = compress({"p": plan}, results=tmp_path, experiments=bench.experiments, inventory=bench.inventory)
     assert (written["nbytes"] == written["predicted_nbytes"]).all()
     scores, _ = evaluate(
-        plans={"plan": plan, "checkpoint": tmp_path / "models/p"}, path=bench.path, inventory=bench.inventory,
-        experiments=bench.experiments, tokens=tokens(), items=items(), split="report", device=CPU, store=bench.store,
+        plans={"plan": plan, "checkpoint": tmp_path / "models/p"},
+        experiments=bench.experiments, tokens=tokens(), items=items(), split="report",
         settings=Evaluate(suites=["perplexity", "divergence"], resamples=50),
     )  # fmt: skip
     values = scores.pivot(index="metric", columns="plan", values="value")
@@ -226,8 +226,8 @@ def test_plans_run_without_moments_and_score_what_they_are(family: str, tmp_path
 def test_a_bench_that_meets_an_embedding_late_keeps_the_unquantised_head(tmp_path: Path) -> None:
     bench, plan = made("gpt2", tmp_path)
     scored = open_bench(
-        path=bench.path, inventory=bench.inventory, experiments=bench.experiments, tokens=tokens(), items=items(),
-        split="report", device=CPU, settings=Evaluate(suites=["divergence"]), store=bench.store,
+        experiments=bench.experiments, tokens=tokens(), items=items(),
+        split="report", settings=Evaluate(suites=["divergence"]),
     )  # fmt: skip
 
     def kl(frame: pd.DataFrame) -> float:
@@ -248,8 +248,8 @@ def test_a_plan_of_another_model_is_refused(tmp_path: Path) -> None:
     bench, plan = made("gpt2", tmp_path)
     with pytest.raises(BitallocError, match=r"plan p is not one of this model: nowhere"):
         open_bench(
-            path=bench.path, inventory=bench.inventory, experiments=bench.experiments, tokens=tokens(), items=items(),
-            split="report", device=CPU, settings=Evaluate(suites=["divergence"]), store=bench.store,
+            experiments=bench.experiments, tokens=tokens(), items=items(),
+            split="report", settings=Evaluate(suites=["divergence"]),
         ).subject("p", plan.replace({"layer": {"transformer.wpe": "nowhere"}}))  # fmt: skip
 
 

@@ -137,14 +137,11 @@ def measured(bench: Small, tmp_path_factory: pytest.TempPathFactory) -> pd.DataF
         "prices": {"here": {"usd_per_hour": 3.6, "source": "a list", "date": "2026-01-31"}},
     }  # fmt: skip
     runpy.run_path("scripts/profile_model.py")["main"](
-        model="small",
         inputs={name: results / file for name, file in FILES.items()},
         plans=[plan],
-        path_to_tokens=None,
         settings=config.parse({"profile": asked, "device": "cpu", "threads": 1}),
         remote_code=False,
-        path_to_table=results / "profile.parquet",
-        path_to_figure=results / "profile.png",
+        outputs={"table": results / "profile.parquet", "figure": results / "profile.png"},
     )
     assert not list(results.glob(".*"))
     found = RECORDS.read(results / "profile.parquet")

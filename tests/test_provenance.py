@@ -20,12 +20,13 @@ def digest_in(folder: Path, *modules: str) -> str:
     return run.stdout.strip()
 
 
-def test_a_change_deep_below_a_module_changes_its_digest(tmp_path):
+@pytest.mark.parametrize("file", ["families.py", "config/chain.py", "tables/chain.py"])
+def test_a_change_deep_below_a_module_changes_its_digest(tmp_path, file):
     shutil.copytree(Path(bitalloc.__file__).parent, tmp_path / "bitalloc", ignore=shutil.ignore_patterns("__pycache__"))
     # sweep imports families; option imports the configuration, hence families, for type checkers only
     before = {name: digest_in(tmp_path, name) for name in ("bitalloc.sweep", "bitalloc.option")}
-    with (tmp_path / "bitalloc/families.py").open("a") as file:
-        file.write("\n# changed\n")
+    with (tmp_path / "bitalloc" / file).open("a") as below:
+        below.write("\n# changed\n")
     after = {name: digest_in(tmp_path, name) for name in before}
     assert after["bitalloc.sweep"] != before["bitalloc.sweep"]
     assert after["bitalloc.option"] == before["bitalloc.option"]
@@ -65,3 +66,8 @@ def test_the_identity_of_a_cached_table_follows_all_that_it_depends_on(tmp_path)
     inputs["inventory"].unlink()
     with pytest.raises(FileNotFoundError):
         provenance.identity(wildcards, inputs, store)
+
+
+def test_a_module_that_was_moved_is_no_empty_digest():
+    with pytest.raises(ModuleNotFoundError, match=r"bitalloc\.swep"):
+        provenance.source_digest("bitalloc.sweep", "bitalloc.swep")

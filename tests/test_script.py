@@ -2,6 +2,7 @@
 
 import json
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -54,3 +55,11 @@ def test_a_log_that_cannot_be_written_is_one_line(job, tmp_path, capsys):
     with pytest.raises(SystemExit), stage(job):
         raise AssertionError("nothing runs without a log")
     assert capsys.readouterr().err.startswith("error: sweep: cannot write")
+
+
+def test_a_job_has_the_single_files_that_the_configuration_asks_for(job, tmp_path):
+    job.input = {"plans": "plans.parquet", "leaked": [], "verdicts": ["a.json", "b.json"]}
+    job.output, job.params = ["table.parquet"], SimpleNamespace(settings={"seed": 3}, sheet={"remote_code": False})
+    with stage(job) as given:
+        assert given.inputs == {"plans": Path("plans.parquet")}
+        assert (given.output, given.settings.seed, given.remote_code) == (Path("table.parquet"), 3, False)

@@ -29,13 +29,10 @@ BOTH = config.Sensitivity(signals=["kl", "fisher"], windows=6)
 
 def run(bench: Small, store: Path, settings: config.Sensitivity = BOTH, **over: Any) -> pd.DataFrame:
     return stage.sensitivity(
-        path=bench.path,
-        inventory=bench.inventory,
         experiments=bench.experiments,
         tokens=tokens(),
         settings=settings,
         store=Store(store),
-        device=CPU,
         batch=4,
         **over,
     )
@@ -111,7 +108,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
     moments = calibrate(path=TINY, family=family, tokens=text, settings=config.Calibrate(), **where)
     sweep = config.Sweep(bits=[3], group_sizes=[64], ranks=[0])
     experiments = Experiments(checkpoint=Checkpoint(TINY, family), moments=moments, sweep=sweep, **where)
-    return stage.sensitivity(path=TINY, experiments=experiments, tokens=text, settings=BOTH, **where)
+    return stage.sensitivity(experiments=experiments, tokens=text, settings=BOTH)
 
 
 def test_the_cheap_signal_ranks_like_the_measured_one(tiny: pd.DataFrame) -> None:

@@ -58,7 +58,7 @@ def test_a_corrupted_a_foreign_and_an_absent_file_are_refused(tmp_path):
 
 def test_every_table_documents_every_column_and_has_a_key():
     for name, table in tables.TABLES.items():
-        columns = {column.name for column in table.columns}
+        columns = set(table.names)
         assert table.name == name
         assert set(table.key) <= columns
         assert all(column.doc for column in table.columns)

@@ -73,8 +73,7 @@ def calibrate(
             for block, moments in _moments(stream, batches, states, missing, settings.token_normalised):
                 for site, moment in moments.items():
                     records[site] = moment.put(store, keys[site], site=site, block=block)
-    columns = [column.name for column in MOMENTS.columns]
-    return pd.DataFrame([records[site] for site in sites["site"]], columns=columns)
+    return pd.DataFrame([records[site] for site in sites["site"]], columns=MOMENTS.names)
 
 
 def _moments(

@@ -71,7 +71,7 @@ def compress(
         written = checkpoints.checkpoint_digest(results / folder)
         rows.append((name, folder.as_posix(), predicted, nbytes, written))
         progress.advance(note=name)
-    return pd.DataFrame(rows, columns=[column.name for column in CHECKPOINTS.columns])
+    return pd.DataFrame(rows, columns=CHECKPOINTS.names)
 
 
 def compress_maps(
@@ -87,7 +87,7 @@ def compress_maps(
     experiments = Experiments(
         checkpoint=checkpoint,
         inventory=inventory,
-        moments=pd.DataFrame(columns=[column.name for column in MOMENTS.columns]),
+        moments=pd.DataFrame(columns=MOMENTS.names),
         store=store,
         sweep=Sweep(),
         device=device,

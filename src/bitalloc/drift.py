@@ -291,7 +291,7 @@ def drift(
     shared = {"scan_path": base["scan_path"].item(), "state_dtype": "float32", "seed": seed}
     frame = pd.DataFrame(rows).assign(**shared)
     frame.loc[frame["scheme"] == BF16, "state_dtype"] = "bfloat16"
-    return frame[[column.name for column in DRIFT.columns]]
+    return frame[DRIFT.names]
 
 
 def _row(

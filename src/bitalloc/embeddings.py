@@ -94,7 +94,7 @@ def embeddings(
             record = records[option]
             kl = intervals.mean(record["kl"], count_W, windows.frame["corpus"], resamples=RESAMPLES, seed=seed)
             rows.append(_row(row, option, kl, record["rel_error"]) | {"key": keys[option]})
-    return pd.DataFrame(rows, columns=[column.name for column in EMBEDDINGS.columns])
+    return pd.DataFrame(rows, columns=EMBEDDINGS.names)
 
 
 def _row(row: Any, option: Option, kl: intervals.Interval, rel_error: float) -> dict[str, Any]:

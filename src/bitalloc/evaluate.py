@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -37,7 +37,7 @@ from bitalloc.store import Store, digest
 from bitalloc.suites import SUITES, Head, Memory, Scored, Windows, divergence, downstream, intervals, world
 from bitalloc.suites.scoring import compare, hidden, windows_place
 from bitalloc.suites.subsets import order
-from bitalloc.tables import EVALUATE, RESPONSES
+from bitalloc.tables import CHECKPOINTS, EVALUATE, PLAN, RESPONSES
 
 REFERENCE, RERUN = "reference", "reference-rerun"
 _OF_WINDOWS = ("perplexity", "divergence", "protocols")  # suites that read the same tokens in one pass
@@ -70,15 +70,12 @@ class Subject:
 def evaluate(
     *,
     plans: Mapping[str, pd.DataFrame | Path],
-    path: Path,
-    inventory: pd.DataFrame,
     experiments: Experiments,
     tokens: pd.DataFrame,
     items: pd.DataFrame,
     split: str,
     settings: config.Evaluate,
-    store: Store,
-    device: torch.device,
+    store: Store | None = None,
     suites: Sequence[str] | None = None,
     seed: int = 0,
     remote_code: bool = False,
@@ -88,21 +85,19 @@ def evaluate(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(EVALUATE, RESPONSES) of the reference and of every plan: a PLAN frame, or the folder of its checkpoint.
 
-    `path` is the unquantised model, `suites` overrides `settings.suites`. Plans of the `pool` are asked the subset of
-    `settings.pool_points`. `rerun`: the reference a second time, in other batches. `part` (k, n): of the plans only
-    each n-th, from the k-th on; the estimate is of all. Raises `BitallocError` for an unknown suite, a plan that is not
-    one of this model, scores that are not finite, and an estimate above the ceiling.
+    `experiments` knows the model; answers are kept in its store, or in `store`. `suites` overrides `settings.suites`.
+    Plans of the `pool` are asked the subset of `settings.pool_points`. `rerun`: the reference a second time, in other
+    batches. `part` (k, n): of the plans only each n-th, from the k-th on; the estimate is of all. Raises
+    `BitallocError` for an unknown suite, a plan that is not one of this model, scores that are not finite, and an
+    estimate above the ceiling.
     """
     bench = open_bench(
-        path=path,
-        inventory=inventory,
         experiments=experiments,
         tokens=tokens,
         items=items,
         split=split,
         settings=settings,
         store=store,
-        device=device,
         suites=suites,
         seed=seed,
         remote_code=remote_code,
@@ -113,7 +108,8 @@ def evaluate(
     works = {name: bench.works(subject) for name, subject in subjects.items()}
     table = bench.cost(subjects, works)
     if not first:
-        print(f"[evaluate] {len(subjects)} plans on {device.type}\n{cost.told(table)}", file=sys.stderr, flush=True)
+        said = f"[evaluate] {len(subjects)} plans on {bench.device.type}\n{cost.told(table)}"
+        print(said, file=sys.stderr, flush=True)
     points = settings.pool_points if any(subject.pool for subject in subjects.values()) else None
     cost.check(table, ceiling_hours=settings.ceiling_hours, points=points)
 
@@ -128,9 +124,22 @@ def evaluate(
         statistics.append(record["statistics"].assign(plan=name))
         protocols |= {(name, *place): protocol for place, protocol in record["protocols"].items()}
         chances |= record["chances"]
-    responses = pd.concat(rows, ignore_index=True)[[column.name for column in RESPONSES.columns]]
+    responses = pd.concat(rows, ignore_index=True)[RESPONSES.names]
     whole = pd.concat(statistics, ignore_index=True)
     return summarise(responses, protocols, chances, whole, resamples=settings.resamples, seed=seed), responses
+
+
+def sources(plans: Iterable[str], inputs: Mapping[str, Path]) -> dict[str, pd.DataFrame | Path]:
+    """Plans as `evaluate` takes them: a checkpoint where the table `checkpoints` has one, else PLAN from `folder`."""
+    written: Mapping[str, str] = {}
+    if "checkpoints" in inputs:
+        written = CHECKPOINTS.read(inputs["checkpoints"]).set_index("plan")["path"].to_dict()
+    return {
+        name: inputs["checkpoints"].parent / written[name]
+        if name in written
+        else PLAN.read(inputs["folder"] / f"{name}.parquet")
+        for name in plans
+    }
 
 
 def estimate(
@@ -144,9 +153,9 @@ def estimate(
 
 def open_bench(
     *,
+    experiments: Experiments,
     tokens: pd.DataFrame,
     split: str,
-    device: torch.device,
     settings: config.Evaluate,
     suites: Sequence[str] | None = None,
     remote_code: bool = False,
@@ -157,8 +166,10 @@ def open_bench(
     for name in names:
         if name not in SUITES:
             raise BitallocError(f"unknown suite {name!r} in evaluate.suites: {nearest(name, SUITES)}")
-    windows = Windows(tokens[tokens["split"] == split], batch=settings.batch, device=device, stride=settings.stride)
-    return Bench(windows=windows, suites=names, settings=settings, remote_code=remote_code, **given)
+    chosen = tokens[tokens["split"] == split]
+    windows = Windows(chosen, batch=settings.batch, device=experiments.device, stride=settings.stride)
+    given |= {"suites": names, "settings": settings, "remote_code": remote_code}
+    return Bench(experiments=experiments, windows=windows, **given)
 
 
 class Bench:
@@ -167,8 +178,6 @@ class Bench:
     def __init__(
         self,
         *,
-        path: Path,
-        inventory: pd.DataFrame,
         experiments: Experiments,
         windows: Windows,
         items: pd.DataFrame,
@@ -178,11 +187,12 @@ class Bench:
         store: Store | None = None,
         seed: int = 0,
     ) -> None:
-        self.settings, self.store, self.seed = settings, store, seed
-        self.path, self.inventory, self.experiments = path, inventory, experiments
+        self.settings, self.seed, self.experiments = settings, seed, experiments
+        self.path, self.inventory = experiments.checkpoint.path, experiments.inventory
+        self.store = experiments.store if store is None else store
         self.windows, self.items, self.suites = windows, items, suites
         self.device, self.remote_code = windows.device, remote_code
-        self.claimed = list(inventory.loc[inventory["claimed"], "layer"])
+        self.claimed = list(self.inventory.loc[self.inventory["claimed"], "layer"])
         self.tables = list(experiments.tables)
         self._shards: dict[tuple[str, Option], tuple[str, float]] = {}
         self.now: Mapping[str, str] = {}  # identities of the weights that the model has now
@@ -484,4 +494,4 @@ def summarise(
     places = list(frame[["suite", "task", "metric"]].itertuples(index=False, name=None))
     frame["chance"] = [chances.get(place, np.nan) for place in places]
     frame["status"] = ["floor" if place in floors else "ok" for place in places]
-    return frame[[column.name for column in EVALUATE.columns]]
+    return frame[EVALUATE.names]

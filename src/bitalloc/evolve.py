@@ -370,7 +370,7 @@ def evolve(
             rows.append({"seed": seed + offset} | _row(running, generation, mapping, before))
             before = mapping
             print(f"[evolve] {told(rows[-1])}", file=sys.stderr, flush=True)
-    frame = pd.DataFrame(rows)[[column.name for column in EVOLUTION.columns]]
+    frame = pd.DataFrame(rows)[EVOLUTION.names]
     best = frame.loc[frame["fitness"].idxmax(), "champion"]
     return frame, precision.parse(json.loads(best), genomes.levels)
 

@@ -59,7 +59,7 @@ def execute(samples: pd.DataFrame, settings: config.HumanEval, *, workers: int) 
             progress.advance()
     frame = samples[["plan", "task_id", "truncated"]].join(pd.DataFrame(verdicts))
     frame = frame.assign(passed=frame["outcome"] == "passed", sandbox_backend=backend)
-    return frame[[column.name for column in OUTCOMES.columns]]
+    return frame[OUTCOMES.names]
 
 
 # ---- scores ------------------------------------------------------------------------------------------
@@ -108,4 +108,4 @@ def score(outcomes: pd.DataFrame, settings: config.HumanEval) -> pd.DataFrame:
             for name, outcome in (("unfit", "unfit"), ("timeouts", "timeout"))
         }
         rows.append(row)
-    return pd.DataFrame(rows, columns=[column.name for column in HUMANEVAL.columns])
+    return pd.DataFrame(rows, columns=HUMANEVAL.names)

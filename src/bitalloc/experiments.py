@@ -11,7 +11,7 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ class Experiments:
         self.layers: dict[str, dict[str, Any]] = {row["layer"]: row for row in claimed.to_dict("records")}
         self.moments: dict[str, dict[str, Any]] = {row["site"]: row for row in moments.to_dict("records")}
         self.keep = sweep.keep_matrices if isinstance(sweep.keep_matrices, bool) else self._small_enough()
-        self._inventory = inventory
+        self.inventory = inventory
         self._code = source_digest("bitalloc.lowrank", "bitalloc.quant")
         self._factor: tuple[str, Factor] | None = None
         self._workspace = parse_bytes(sweep.workspace)
@@ -80,7 +80,7 @@ class Experiments:
         for _, site in itertools.groupby(layers, key=lambda layer: self._layer(layer)["site"]):
             records |= self._records([(layer, option) for layer in site for option in options], progress)
         found = [self._row(layer, option, records[layer, option]) for layer in layers for option in options]
-        return pd.DataFrame(found, columns=[column.name for column in SWEEP.columns])
+        return pd.DataFrame(found, columns=SWEEP.names)
 
     def stored(self, layers: Iterable[str], options: Sequence[Option]) -> int:
         """How many of `layers` x `options` stand in the store; only `rows` finds out whether they are sound."""
@@ -120,7 +120,7 @@ class Experiments:
     @cached_property
     def digests(self) -> dict[str, str]:
         """Of the weights that any plan may round: claimed matrices, embeddings and heads."""
-        return precision.rounded(self._inventory).set_index("layer")["digest"].to_dict()
+        return precision.rounded(self.inventory).set_index("layer")["digest"].to_dict()
 
     def free(self, layer: str, option: Option) -> bool:
         """The matrix can be stored so without a look at moments: by its own largest weights, or as it is."""
@@ -316,20 +316,17 @@ def _out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in message
 
 
-def open_experiments(
-    path_to_checkpoint: Path,
-    path_to_inventory: Path,
-    path_to_moments: Path,
-    settings: Config,
-    path_to_embeddings: Path | None = None,
-) -> Experiments:
-    """The experiments of a model whose checkpoint.json, INVENTORY, MOMENTS and EMBEDDINGS lie at these paths."""
+def open_experiments(inputs: Mapping[str, Path], settings: Config) -> Experiments:
+    """The experiments of the model whose `checkpoint`, `inventory`, `moments` and `embeddings` lie at these paths.
+
+    Without moments there are only plans that need none (absmax, 16 bits), without EMBEDDINGS no option of theirs.
+    """
     return Experiments(
-        checkpoint=open_checkpoint(path_to_checkpoint),
-        inventory=INVENTORY.read(path_to_inventory),
-        moments=MOMENTS.read(path_to_moments),
+        checkpoint=open_checkpoint(inputs["checkpoint"]),
+        inventory=INVENTORY.read(inputs["inventory"]),
+        moments=MOMENTS.read(inputs["moments"]) if "moments" in inputs else pd.DataFrame(columns=MOMENTS.names),
         store=Store(Path(settings.store)),
         sweep=settings.sweep,
         device=pick_device(settings.device),
-        embeddings=EMBEDDINGS.read(path_to_embeddings) if path_to_embeddings else None,
+        embeddings=EMBEDDINGS.read(inputs["embeddings"]) if "embeddings" in inputs else None,
     )

@@ -71,8 +71,7 @@ def export(
     nbytes = form.measure(target)
     if nbytes != promised:
         raise BitallocError(f"{target} takes {nbytes} bytes, {promised} were promised; report this")
-    columns = [column.name for column in EXPORTS.columns]
-    return pd.DataFrame([(source.name, name, target.name, promised, nbytes)], columns=columns)
+    return pd.DataFrame([(source.name, name, target.name, promised, nbytes)], columns=EXPORTS.names)
 
 
 def main(arguments: Sequence[str]) -> None:

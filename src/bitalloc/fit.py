@@ -62,7 +62,7 @@ def law(sweep: pd.DataFrame, *, settings: Fit, seed: int) -> pd.DataFrame:
                     rows.append(law_row(form, f"{first}-{second}", f"{name}_difference", difference, n))
         _fit_layers(rows, form, errors)
     _interpolation(rows, errors, settings.resamples, seed)
-    return pd.DataFrame(rows, columns=[column.name for column in tables.LAW.columns])
+    return pd.DataFrame(rows, columns=tables.LAW.names)
 
 
 def costs(
@@ -84,7 +84,7 @@ def costs(
     absent = set(sweep["layer"]) - set(claimed.index)
     if absent:
         raise BitallocError(f"the inventory does not claim {min(absent)!r} of the sweep; rerun retrieve and sweep")
-    columns = [column.name for column in tables.COSTS.columns]
+    columns = tables.COSTS.names
     found = [sweep.assign(source="measured")[columns]]
     if settings.extra_ranks:
         found.append(extra_rows(sweep, claimed, law, ranks=settings.extra_ranks, stored=stored, form=form)[columns])

@@ -207,7 +207,7 @@ def _frame(gates: Gates, gate: str, **measured: tuple[Any, str]) -> pd.DataFrame
         row = {"gate": gate, "check": name, "value": value, "threshold": check.threshold, "comparison": comparison}
         mode = check.mode or gates.mode
         rows.append(row | {"go": go[comparison], "mode": mode, "why": check.why, "evidence": evidence})
-    return pd.DataFrame(rows, columns=[column.name for column in tables.GATES.columns])
+    return pd.DataFrame(rows, columns=tables.GATES.names)
 
 
 # ---------------------------------------------------------------------------------------------- verdicts

@@ -334,7 +334,7 @@ class Bench:
             raise BitallocError(f"protecting {plan} leaves NaN or Inf in the scores; give more --bits") from None
         nll_N = np.bincount(tokens["window"], tokens["nll"].astype(float), minlength=len(rows))
         frame = rows.assign(nll_nats=nll_N, model=self.name, plan=plan)
-        return frame[[column.name for column in SENTENCES.columns]]
+        return frame[SENTENCES.names]
 
     def answers(self, plan: str) -> pd.DataFrame:
         """plan, language, item, acc of every multiple-choice item."""
@@ -366,7 +366,7 @@ def of_responses(responses: pd.DataFrame, text: pd.DataFrame, model: str) -> tup
     asked = responses[(responses["suite"] == "world") & (responses["metric"] == "acc")]
     item = asked["task"] + " " + asked["item"].astype(str)
     answers = pd.DataFrame({"plan": asked["plan"], "language": asked["group"], "item": item, "acc": asked["value"]})
-    return sentences[[column.name for column in SENTENCES.columns]], answers.reset_index(drop=True)
+    return sentences[SENTENCES.names], answers.reset_index(drop=True)
 
 
 def spoken(items: pd.DataFrame, text: pd.DataFrame) -> pd.DataFrame:

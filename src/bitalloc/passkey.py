@@ -233,7 +233,7 @@ def passkey(
         "seed": seed,
     }
     rows = summary(found, template.chance)
-    return rows.assign(**shared)[[column.name for column in PASSKEY.columns]]
+    return rows.assign(**shared)[PASSKEY.names]
 
 
 def _fits(settings: config.Passkey, length: int) -> int:

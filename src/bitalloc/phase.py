@@ -131,7 +131,7 @@ def phase(
     ]
     frame = pd.concat([whole, *shapes], ignore_index=True)
     judged = frame[["saved", "saved_lo", "saved_hi"]].itertuples(index=False, name=None)
-    return frame.assign(winner=[_winner(*row) for row in judged])[[column.name for column in PHASE.columns]]
+    return frame.assign(winner=[_winner(*row) for row in judged])[PHASE.names]
 
 
 def compare(options: pd.DataFrame, nbytes_L: Array) -> pd.DataFrame:
@@ -229,7 +229,7 @@ def controls(
             rows += [blank | row | {"status": "same plan" if same else "ok"} for row in found]
             if not found:
                 rows += [blank | {"metric": metric, "status": "not evaluated"} for metric in METRICS]
-    return pd.DataFrame(rows, columns=[column.name for column in CONTROLS.columns])
+    return pd.DataFrame(rows, columns=CONTROLS.names)
 
 
 def _paired(responses: pd.DataFrame, joint: str, alone: str, resamples: int, seed: int) -> Iterator[dict]:

@@ -91,7 +91,7 @@ def damages(study: Study, measured: Sequence[Measured], *, resamples: int = 2000
                     place = {"model": model.name, "blocks": model.sheet.blocks, "rule": rule, "corpus": corpus}
                     place |= {"metric": metric, "nbytes": model.nbytes[rule], "n": damage.units}
                     rows.append(place | {"value": found.value, "lo": found.lo, "hi": found.hi})
-    return pd.DataFrame(rows)[[column.name for column in POSITION.columns]]
+    return pd.DataFrame(rows)[POSITION.names]
 
 
 def criteria(
@@ -129,7 +129,7 @@ def criteria(
         rows += [*_real(study, model), *_faster(study, model)]
     for name, why in skipped.items():
         rows.append(_row({"criterion": "every", "model": name, "corpus": "", "metric": ""}, why=why))
-    return pd.DataFrame(rows)[[column.name for column in CRITERIA.columns]]
+    return pd.DataFrame(rows)[CRITERIA.names]
 
 
 def _early(study: Study, damage: Damage, model: str, corpus: str, metric: str) -> Iterator[Row]:

@@ -237,7 +237,7 @@ def readings(config: Config, path: Path) -> pd.DataFrame:
             corpus.check_vocabulary(max(max(window.tokens) for window in windows), raw.get("vocab_size"))
             place = {"protocol": protocol, "corpus": name, "how": f"{described(protocol, text, reader)}; {extent}"}
             rows += [{**place, "window": index, **vars(window)} for index, window in enumerate(windows)]
-    return pd.DataFrame(rows, columns=[column.name for column in READINGS.columns])
+    return pd.DataFrame(rows, columns=READINGS.names)
 
 
 def _text(config: Config, name: str) -> tuple[Text, str]:

@@ -28,6 +28,9 @@ def source_digest(*modules: str) -> str:
     Imported modules are neither a rerun trigger of Snakemake nor part of its cache key, so rules pass
     this as a parameter: `code=source_digest("bitalloc.sweep")`. Read statically: nothing is imported.
     """
+    for name in modules:
+        if _read(name) is None:  # one that was moved would silently count for nothing
+            raise ModuleNotFoundError(f"no module {name} to take the digest of")
     seen: dict[str, bytes] = {}
     todo = list(modules)
     while todo:

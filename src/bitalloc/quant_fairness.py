@@ -174,7 +174,7 @@ def _report(given: argparse.Namespace, *, keep: bool) -> None:
     how = {"seed": given.seed}
     select, _ = Damage.both(sentences, **how)
     units, table = Units.of(sets), fairness.fairness(sentences, sets, arms, answers, **how)
-    protected, found = pd.DataFrame(columns=[c.name for c in PROTECTED.columns]), None
+    protected, found = pd.DataFrame(columns=PROTECTED.names), None
     budget, nbytes = arms["budget"].iloc[0], int(arms["budget_nbytes"].iloc[0])
     if select.ranked:
         found = fairness.choose(select, units, nbytes, margin=given.margin_en)

@@ -28,7 +28,7 @@ from bitalloc.tables import RECORDS
 
 Row = dict[str, Any]
 OK = "ok"
-COLUMNS = tuple(column.name for column in RECORDS.columns)
+COLUMNS = tuple(RECORDS.names)
 SPREAD = ("value", "lo", "hi", "q25", "q75", "n")  # how many iterations fit depends on the clock too
 
 # every metric, with its meaning

@@ -1,4 +1,4 @@
-"""What every script of the workflow does around its pure `main`: threads, a log, and one line on bad input."""
+"""What every script of the workflow does around its pure `main`: its files, threads, a log, one line on bad input."""
 
 from __future__ import annotations
 
@@ -11,13 +11,48 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from bitalloc.config import Config
 from bitalloc.errors import BitallocError
 from bitalloc.provenance import run_record
 from bitalloc.store import write_atomically
 
 
+class Job:
+    """What a rule hands to its script, as `main` takes it."""
+
+    def __init__(self, snakemake: Any) -> None:
+        self._snakemake = snakemake
+
+    @property
+    def inputs(self) -> dict[str, Path]:
+        """Single files and folders by name; absent where the configuration asks for none."""
+        return _files(self._snakemake.input)
+
+    @property
+    def outputs(self) -> dict[str, Path]:
+        return _files(self._snakemake.output)
+
+    @property
+    def output(self) -> Path:
+        """The only output, or the first."""
+        return Path(self._snakemake.output[0])
+
+    @property
+    def settings(self) -> Config:
+        """The sections that the rule names; all others have their defaults."""
+        return Config(**self._snakemake.params.settings)
+
+    @property
+    def remote_code(self) -> bool:
+        return self._snakemake.params.sheet["remote_code"]
+
+
+def _files(named: Any) -> dict[str, Path]:
+    return {name: Path(path) for name, path in named.items() if path and isinstance(path, str)}
+
+
 @contextmanager
-def stage(snakemake: Any) -> Iterator[None]:
+def stage(snakemake: Any) -> Iterator[Job]:
     """Run a script's body as one stage of the workflow.
 
     `BitallocError` becomes one line on stderr and exit status 1; anything else keeps its traceback. The
@@ -36,7 +71,7 @@ def stage(snakemake: Any) -> Iterator[None]:
         sys.modules["torch"].set_num_threads(snakemake.threads)
     try:
         _write(log, record)
-        yield
+        yield Job(snakemake)
         _write(log, record | {"wall_s": time.perf_counter() - start, "cpu_s": time.process_time()})
     except BitallocError as error:
         line = f"error: {snakemake.rule}: {error}"

@@ -14,7 +14,6 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -53,13 +52,10 @@ def probe(sweep: config.Sweep, settings: config.Sensitivity) -> Option:
 
 def sensitivity(
     *,
-    path: Path,
-    inventory: pd.DataFrame,
     experiments: Experiments,
     tokens: pd.DataFrame,
     settings: config.Sensitivity,
-    store: Store,
-    device: torch.device,
+    store: Store | None = None,
     batch: int = 8,
     seed: int = 0,
     remote_code: bool = False,
@@ -68,13 +64,13 @@ def sensitivity(
     """The SENSITIVITY frame: `settings.signals` of every claimed matrix, each a shard as soon as it is known.
 
     Scores `settings.windows` windows of the split, evenly over its corpora; `batch` windows a forward
-    pass. Raises `BitallocError` when a KL is NaN or Inf.
+    pass. Shards lie in the store of `experiments`, or in `store`. Raises `BitallocError` when a KL is NaN or Inf.
     """
-    option = probe(experiments.sweep, settings)
+    option, inventory, device = probe(experiments.sweep, settings), experiments.inventory, experiments.device
+    store = experiments.store if store is None else store
     layers = list(inventory.loc[inventory["claimed"], "layer"])
     errors = experiments.rows(layers, [option]).set_index("layer")
     bench = _Bench(
-        path=path,
         experiments=experiments,
         option=option,
         windows=Windows(spread(tokens, settings.windows, split), batch=batch, device=device),
@@ -99,7 +95,7 @@ def sensitivity(
             progress.advance(note=f"{signal} {layer}")
         for layer in layers:
             rows.append(_row(signal, errors.loc[layer], found[layer]["kl"], windows["corpus"], seed) | {"layer": layer})
-    return pd.DataFrame(rows)[[column.name for column in SENSITIVITY.columns]]
+    return pd.DataFrame(rows)[SENSITIVITY.names]
 
 
 def _row(signal: str, error: pd.Series, kl_W: list[float], corpus: pd.Series, seed: int) -> dict[str, Any]:
@@ -123,15 +119,14 @@ class _Bench:
     def __init__(
         self,
         *,
-        path: Path,
         experiments: Experiments,
         option: Option,
         windows: Windows,
         seed: int,
         remote_code: bool,
     ) -> None:
-        self.path, self.experiments, self.option = path, experiments, option
-        self.family = experiments.checkpoint.family
+        self.experiments, self.option = experiments, option
+        self.path, self.family = experiments.checkpoint.path, experiments.checkpoint.family
         self.windows, self.device = windows, windows.device
         self.seed, self.remote_code = seed, remote_code
 

@@ -52,7 +52,7 @@ def success(
     tasks = gain[gain["gold"].isin(accuracies(evaluate)["task"])]  # agreement with the reference stands in for none
     rows = [*_perplexity(gain, budgets), *_accuracy(tasks, budgets), *_law(law, form)]
     frame = pd.DataFrame([_judged(row, gates) for row in rows])
-    return frame[[column.name for column in SUCCESS.columns]]
+    return frame[SUCCESS.names]
 
 
 def _perplexity(gain: pd.DataFrame, budgets: Sequence[str]) -> Iterator[Row]:

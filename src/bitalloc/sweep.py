@@ -119,7 +119,7 @@ def assemble(
         ],
         columns=key,
     )
-    found = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=[c.name for c in SWEEP.columns])
+    found = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=SWEEP.names)
     if found.duplicated(key).any():
         raise BitallocError("sweep: an experiment comes more than once; delete the tables of its units and rerun")
     merged = wanted.merge(found, on=key, how="outer", indicator=True)
@@ -131,4 +131,4 @@ def assemble(
             f"sweep: {len(odd)} of {len(wanted)} experiments do not fit the configuration; {first['layer']} at "
             f"{first['bits']} bits, group {first['group_size']}, rank {first['rank']} {what}; rerun the sweep"
         )
-    return wanted.merge(found, on=key, how="left")[[column.name for column in SWEEP.columns]]
+    return wanted.merge(found, on=key, how="left")[SWEEP.names]

@@ -29,7 +29,7 @@ from tests.small import CPU, small
 
 package = pytest.importorskip("gguf", reason="the extra `gguf` is not installed")
 TINY = Path(__file__).parents[2] / "resources" / "tiny"
-ASYMMETRIC = Sweep(quantizers=["rtn"], bits=[2, 3, 4, 8, 16], group_sizes=[32], ranks=[0])
+ASYMMETRIC = Sweep(quantizers=["rtn"], bits=[2, 3, 4, 5, 6, 8, 16], group_sizes=[32], ranks=[0])
 SYMMETRIC = ASYMMETRIC.model_copy(update={"symmetric": True})
 MIXED = Sweep(quantizers=["rtn"], bits=[2, 4, 8], group_sizes=[16, 64], ranks=[0, 2])
 FAMILY = pytest.mark.parametrize("family", list(gguf.ARCHITECTURES))

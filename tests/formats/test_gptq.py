@@ -109,6 +109,7 @@ def test_one_group_for_a_row_has_no_size(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "reason"),
     [
+        (Option("rtn", 5, 32, 0), r"has 5 bits, which is none of \(2, 3, 4, 8\); the native checkpoint"),
         (Option("rtn", 2, 32, 2), r"has rank 2, .* export huggingface"),
         (Option("rtn", 4, 96, 0), r"has groups of 96, not one of .* native checkpoint"),
         (Option("rtn", 4, 256, 0), r"has 384 inputs, not full groups of 256; the native"),

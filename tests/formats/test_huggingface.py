@@ -146,6 +146,13 @@ def test_groups_that_do_not_divide_the_inputs_are_refused(tmp_path: Path) -> Non
         export(source, tmp_path / "out", name="huggingface")
 
 
+def test_bits_that_servers_do_not_read_are_refused(tmp_path: Path) -> None:
+    bench = small("llama", tmp_path, sweep=Sweep(quantizers=["rtn"], bits=[6], group_sizes=[16], ranks=[0]))
+    source = native("llama", tmp_path / "other", chosen=bench.plan([Option("rtn", 6, 16, 0)]))
+    with pytest.raises(BitallocError, match=r"has 6 bits, which is none of \(2, 3, 4, 8\), or use the native"):
+        export(source, tmp_path / "out", name="huggingface")
+
+
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     source = native("llama", tmp_path)
     (tmp_path / "taken").mkdir()

@@ -20,7 +20,7 @@ TORCH = {
     "I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "I32": torch.int32, "BF16": torch.bfloat16,
     "F16": torch.float16, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-OPTIONS = [Option("gptq", bits, g, rank) for bits in (2, 3, 4, 8) for g in (32, 64) for rank in (0, 3, 8)]
+OPTIONS = [Option("gptq", bits, g, rank) for bits in (2, 3, 5, 8) for g in (32, 64) for rank in (0, 3, 8)]
 OPTIONS.append(Option("none", 16, 0, 0))
 
 
@@ -103,7 +103,7 @@ def test_tied_heads_and_buffers_are_not_stored():
 @given(
     st.tuples(st.integers(1, 400), st.integers(1, 400)),
     st.builds(
-        Option, st.just("gptq"), st.sampled_from([2, 3, 4, 8]), st.integers(1, 200), st.integers(0, 9),
+        Option, st.just("gptq"), st.sampled_from([2, 3, 4, 5, 6, 8]), st.integers(1, 200), st.integers(0, 9),
         st.sampled_from([8, 16]), st.booleans(),
     ),
 )  # fmt: skip

@@ -33,7 +33,7 @@ WEIGHTS = "model.safetensors"
 
 def made(folder: Path, family: str = "llama", options: list[Option] = OPTIONS, **sweep: object) -> Small:
     """A checkpoint in `folder`/packed of a model whose last matrix has an odd number of inputs."""
-    settings = Sweep(quantizers=["rtn"], bits=[2, 3, 4, 8, 16], group_sizes=[16], ranks=[0, 1, 2, 3], **sweep)
+    settings = Sweep(quantizers=["rtn"], bits=[2, 3, 4, 5, 6, 8, 16], group_sizes=[16], ranks=[0, 1, 2, 3], **sweep)
     config = deepcopy(random_models.CONFIGS[family])
     setattr(config, INNER.get(family, "intermediate_size"), 45)
     with pytest.MonkeyPatch.context() as patch:
@@ -130,7 +130,7 @@ def test_devices_are_placed_by_accelerate(device_map: object, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("bits", "symmetric", "factor_bits"), [*product((2, 3, 4, 8), (True, False), (8, 16)), (16, False, 8)]
+    ("bits", "symmetric", "factor_bits"), [*product((2, 3, 4, 5, 6, 8), (True, False), (8, 16)), (16, False, 8)]
 )
 def test_rows_are_unpacked_a_block_at_a_time(
     bits: int, symmetric: bool, factor_bits: int, monkeypatch: pytest.MonkeyPatch

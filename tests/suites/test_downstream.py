@@ -20,7 +20,7 @@ from bitalloc.store import Ledger, Store
 from bitalloc.suites import Head, Memory, copies, downstream, prefixes
 from bitalloc.tables import EVALUATE, RESPONSES
 from tests.random_models import CONFIGS, CONTEXT, VOCABULARY, build
-from tests.small import CPU, OPTIONS, small, tokens
+from tests.small import OPTIONS, small, tokens
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'bitalloc[downstream]'")
 LM_EVAL = Path(lm_eval.__file__).parent / "tasks"
@@ -484,8 +484,8 @@ def test_plans_are_scored_and_floors_are_told(forms: Path, path: Path, tmp_path:
     bench = small("llama", tmp_path, source=path, dtype=torch.float32)
     settings = config.Evaluate(suites=["perplexity", "downstream"], resamples=50, batch=4, tasks=tasks(forms))
     given = {
-        "path": bench.path, "inventory": bench.inventory, "experiments": bench.experiments, "tokens": tokens(2),
-        "items": pd.DataFrame(), "split": "report", "store": Store(tmp_path / "store"), "device": CPU,
+        "experiments": bench.experiments, "tokens": tokens(2),
+        "items": pd.DataFrame(), "split": "report", "store": Store(tmp_path / "store"),
     }  # fmt: skip
     plans = {"two": bench.plan(OPTIONS[:1])}
     frame, responses = stage.evaluate(plans=plans, settings=settings, **given)

@@ -3,7 +3,7 @@
 #
 # A notebook over the tables of one model, to look closer and to ask further. It lies beside them and reads nothing
 # else, so it can be run again, changed, and moved with its folder. What each column means stands in
-# `bitalloc/tables.py`.
+# `bitalloc/tables/`.
 
 # %%
 from itertools import product

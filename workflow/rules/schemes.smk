@@ -18,7 +18,7 @@ rule schemes:
     params:
         settings=section("schemes", "evaluate", "store", "device", "seed"),
         sheet=sheet,
-        code=code("ladder"),
+        code=code("schemes.ladder"),
     script:
         "../../scripts/schemes.py"
 
@@ -40,6 +40,6 @@ rule schemes_layerwise:
     params:
         settings=section("schemes", "evaluate", "store", "device", "seed"),
         sheet=sheet,
-        code=code("layerwise"),
+        code=code("schemes.layerwise"),
     script:
         "../../scripts/schemes_layerwise.py"

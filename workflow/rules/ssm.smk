@@ -18,7 +18,7 @@ rule passkey:
     params:
         settings=section("passkey", "schemes", "evaluate", "store", "device", "seed"),
         sheet=sheet,
-        code=code("passkey", "ladder"),
+        code=code("passkey", "schemes.ladder"),
     script:
         "../../scripts/passkey.py"
 
@@ -40,7 +40,7 @@ rule drift:
     params:
         settings=section("drift", "schemes", "evaluate", "store", "device", "seed"),
         sheet=sheet,
-        code=code("drift", "ladder"),
+        code=code("drift", "schemes.ladder"),
     script:
         "../../scripts/drift.py"
 

@@ -219,7 +219,7 @@ class Study:
             adjust = holm if family.startswith("declared") else benjamini_hochberg
             for row, adjusted in zip(members, adjust([row["p"] for row in members]), strict=True):
                 row["p_adjusted"] = adjusted
-        return pd.DataFrame(self.rows)[[column.name for column in GOODHART.columns]]
+        return pd.DataFrame(self.rows)[GOODHART.names]
 
 
 Analysis = Callable[[Study], None]

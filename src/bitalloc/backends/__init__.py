@@ -147,9 +147,7 @@ def _scores(scored: Scored, beside: Scored, *, resamples: int, seed: int) -> Ite
 
 
 def _frame(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    return pd.DataFrame(rows, columns=[column.name for column in TABLE.columns]).astype(
-        {"nbytes": "Int64", "tokens_per_s": "Float64"}
-    )
+    return pd.DataFrame(rows, columns=TABLE.names).astype({"nbytes": "Int64", "tokens_per_s": "Float64"})
 
 
 @torch.inference_mode()

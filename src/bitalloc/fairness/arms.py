@@ -160,7 +160,7 @@ def conditions(sets: pd.DataFrame, arms: pd.DataFrame) -> str:
 
 
 def _frame(table: Any, rows: Sequence[Row]) -> pd.DataFrame:
-    return pd.DataFrame(rows, columns=[column.name for column in table.columns])
+    return pd.DataFrame(rows, columns=table.names)
 
 
 def read_sets(model: str, plans: Iterable[str], units: Units, *, low: str, high: str) -> pd.DataFrame:

@@ -53,7 +53,7 @@ def criteria(table: pd.DataFrame, backends: pd.DataFrame, *, seed: int = 0, resa
         rows.append(place | {"metric": "nll_nats_per_token", "n": 0} | _interval(found) | told)
     rows.append(_tells_accuracy(table, seed=seed, resamples=resamples))
     rows = [{"model": model, **row} for row in rows]
-    return pd.DataFrame(rows, columns=[column.name for column in CRITERIA.columns])
+    return pd.DataFrame(rows, columns=CRITERIA.names)
 
 
 def _tells_accuracy(table: pd.DataFrame, *, seed: int, resamples: int) -> Row:

@@ -14,24 +14,3 @@ from bitalloc.figures.runs import long_context, perplexity
 from bitalloc.figures.sensitivity import errors, plan, sensitivity
 from bitalloc.figures.style import stamp
 from bitalloc.figures.tune import tune
-
-__all__ = [
-    "backends",
-    "domains",
-    "errors",
-    "evolution",
-    "failure_modes",
-    "fairness",
-    "fairness_plans",
-    "goodhart",
-    "law",
-    "long_context",
-    "perplexity",
-    "phase",
-    "plan",
-    "position",
-    "profile",
-    "sensitivity",
-    "stamp",
-    "tune",
-]

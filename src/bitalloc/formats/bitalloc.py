@@ -124,7 +124,7 @@ def load(
     reader = Reader(folder)
     if inventory is not None and reader.manifest["source"] != source_identity(inventory):
         raise BitallocError(f"{folder} was compressed from another model; delete it and rerun, it is made again")
-    plan = pd.DataFrame(list(reader.plan.values()))[[column.name for column in PLAN.columns]]
+    plan = pd.DataFrame(list(reader.plan.values()))[PLAN.names]
     return plan.astype({"cost_nats_per_token": float}), reader.matrix
 
 

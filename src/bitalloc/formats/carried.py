@@ -17,6 +17,7 @@ from bitalloc.option import PASS_THROUGH, Option
 
 LORA = "base_model.model."  # before the names that peft gives
 BLOCK, K_BLOCK = 32, 256  # weights that share a scale in GGUF
+SERVED = (2, 3, 4, 8)  # bits of codes that servers read, packed as the formats huggingface and gptq have them
 BITS = {"Q4_0": 4.5, "Q4_1": 5.0, "Q5_0": 5.5, "Q5_1": 6.0, "Q8_0": 8.5}  # bits a weight, scales counted
 K_BITS = {"Q2_K": 2.625, "Q3_K": 3.4375, "Q4_K": 4.5, "Q5_K": 5.5, "Q6_K": 6.5625, "Q8_0": 8.5}
 
@@ -84,9 +85,8 @@ def through(option: Option, columns: int) -> str | None:
     """
     if option.quantizer == PASS_THROUGH or option.rank or option.group_size % BLOCK or columns % BLOCK:
         return None
-    return {2: "Q4_0", 3: "Q4_0", 4: "Q4_0" if option.symmetric else "Q4_1", 8: "Q8_0" if option.symmetric else None}[
-        option.bits
-    ]
+    exact = {2: "Q4_0", 3: "Q4_0", 4: "Q4_0" if option.symmetric else "Q4_1"}
+    return (exact | ({8: "Q8_0"} if option.symmetric else {})).get(option.bits)
 
 
 def coded(option: Option, rows: int, columns: int, *, k_quants: bool = False) -> str:
@@ -139,10 +139,12 @@ def carries(form: str, option: Option, *, table: bool = False) -> bool:
 
     >>> carries("gptq", Option("gptq", 3, 64, 8)), carries("huggingface", Option("gptq", 4, 64, 0), table=True)
     (False, False)
+    >>> [carries(form, Option("gptq", 5, 64, 0)) for form in ("bitalloc", "gguf", "huggingface")]
+    [True, True, False]
     """
-    if table and form in ("huggingface", "gptq"):
-        return option.quantizer == PASS_THROUGH
-    return not (form == "gptq" and option.rank)
+    if form not in ("huggingface", "gptq") or option.quantizer == PASS_THROUGH:
+        return True
+    return not table and option.bits in SERVED and not (form == "gptq" and option.rank)
 
 
 def rest_nbytes(inventory: pd.DataFrame, options: Iterable[Option], sweep: Sweep, form: str = "bitalloc") -> int:

@@ -26,7 +26,7 @@ import torch
 
 from bitalloc.errors import BitallocError
 from bitalloc.formats.bitalloc import MANIFEST, Reader
-from bitalloc.formats.carried import gptq_tensors
+from bitalloc.formats.carried import SERVED, gptq_tensors
 from bitalloc.formats.files import copy_small, replacing, write
 from bitalloc.formats.layout import Stored, header
 from bitalloc.models import read_config
@@ -55,6 +55,8 @@ def refuse(reader: Reader) -> None:
                 f"gptq: embedding and head stay at 16 bits, {layer} has {row['bits']}; set sweep.embedding_bits to "
                 "[16], or export gguf"
             )
+        if option.bits not in SERVED:
+            raise BitallocError(f"gptq: {layer} has {option.bits} bits, which is none of {SERVED}; {_INSTEAD}")
         word = 32 // (1 if option.bits == 3 else option.bits)  # codes that fill 32-bit words
         if option.rank:
             raise BitallocError(

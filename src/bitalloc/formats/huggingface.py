@@ -30,7 +30,7 @@ from torch import Tensor
 
 from bitalloc.errors import BitallocError
 from bitalloc.formats.bitalloc import MANIFEST, Reader
-from bitalloc.formats.carried import LORA, compressed_tensors, index, lora_tensors
+from bitalloc.formats.carried import LORA, SERVED, compressed_tensors, index, lora_tensors
 from bitalloc.formats.files import copy_small, replacing, write
 from bitalloc.formats.layout import Layout, Stored, block_file, in_order, matrix_tensors
 from bitalloc.formats.layout import nbytes as nbytes_of
@@ -41,7 +41,6 @@ from bitalloc.store import write_atomically
 FAMILIES = ("llama", "qwen2", "mistral")
 METADATA = {"format": "pt"}
 ADAPTER = "adapter/adapter_model.safetensors"
-BITS = (2, 3, 4, 8)
 INDEX = "model.safetensors.index.json"
 
 
@@ -60,8 +59,8 @@ def refuse(reader: Reader) -> None:
                 f"huggingface leaves embedding and head at 16 bits, {layer} has {row['bits']}; set "
                 "sweep.embedding_bits to [16], or export gguf"
             )
-        if row["bits"] not in BITS:
-            why = f"has {row['bits']} bits, which is none of {BITS}"
+        if row["bits"] not in SERVED:
+            why = f"has {row['bits']} bits, which is none of {SERVED}"
         elif row["columns"] % row["group_size"]:
             why = f"has {row['columns']} inputs, no multiple of the group size {row['group_size']}"
         if why:

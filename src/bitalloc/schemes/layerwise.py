@@ -16,9 +16,9 @@ import pandas as pd
 import torch
 
 from bitalloc.errors import BitallocError
-from bitalloc.ladder import Bench, ends, parse
 from bitalloc.progress import Progress
 from bitalloc.schemes import Matrix, QuantLinear, Scheme, apply
+from bitalloc.schemes.ladder import Bench, ends, parse
 from bitalloc.store import JSON, digest
 from bitalloc.suites import Head
 from bitalloc.tables import LAYERWISE
@@ -45,7 +45,7 @@ def layerwise(bench: Bench) -> pd.DataFrame:
         for mode, part, record in _measured(bench, scheme, parts, progress):
             whole = record if mode == ALL else whole
             rows.append(_row(bench, scheme, mode, part, (record, whole)))
-    return pd.DataFrame(rows)[[column.name for column in LAYERWISE.columns]]
+    return pd.DataFrame(rows)[LAYERWISE.names]
 
 
 def _parts(matrix: Matrix) -> list[_Part]:

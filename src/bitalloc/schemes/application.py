@@ -1,23 +1,11 @@
-"""Schemes applied: the Linears of a plain `transformers` model in few bits, weights and activations.
+"""A model put into a scheme, matrix by matrix.
 
-    record = apply(model, "w4a8+gptq+online", calibration=tokens_NT, seed=0)
-
-Scope is the claim of `bitalloc.families`: what a plan may touch is quantised, everything else stays as it is, each with
-its reason (`scope`). Of Mamba2 that is in_proj and out_proj of every mixer; conv1d, A_log, D, dt_bias, norms,
-embedding and head stay, and so does the recurrent state.
-
-Arithmetic is simulated: codes are rounded, then computed with as floats. It says what a scheme costs in quality,
-nothing of its speed. `@torchao` and `@compressed-tensors` are those libraries' own, the second a simulation too.
-
-Shapes: O outputs, I inputs of a matrix W_OI, G groups of inputs, T tokens, S tokens of a sample, N windows.
+Shapes: O outputs, I inputs of a matrix W_OI, G groups of inputs, g inputs of one, S tokens of a sample, U units.
 """
 
 from __future__ import annotations
 
-import json
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from logging import getLogger
@@ -25,13 +13,11 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from bitalloc.errors import BitallocError
-from bitalloc.families import FAMILIES, Family
 from bitalloc.lowrank import Factor, decompose
 from bitalloc.option import Option
 from bitalloc.quant.activation import (
@@ -47,206 +33,20 @@ from bitalloc.quant.activation import (
 )
 from bitalloc.quant.hadamard import Rotation
 from bitalloc.scheme import Scheme
-from bitalloc.store import digest
+from bitalloc.schemes.calibration import Calibration
+from bitalloc.schemes.folding import fold
+from bitalloc.schemes.linear import QuantLinear
+from bitalloc.schemes.matrices import Matrix, Scope, Unit, device_of, scope
 from bitalloc.strategies.instance import Instance
 from bitalloc.strategies.optimal import optimal
-from bitalloc.suites import Head, Windows
-
-__all__ = ["Calibration", "Matrix", "QuantLinear", "Record", "Scheme", "Scope", "Unit", "apply", "calls", "scope"]
+from bitalloc.suites import Head
 
 DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16}
 DAMPING = 0.1  # of sweep.damping
-SAMPLE = 2**20  # activations of a site that are kept for percentiles
 OFFERED = range(2, 9)  # bits that `dp` chooses from
 PROBE = 3  # bits at which it measures what an error costs
 
 
-# ---- scope -------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Unit:
-    """Rows of a matrix that have bits of their own."""
-
-    name: str  # of the whole matrix: its layer; of in_proj of Mamba2: layer.z, .x, .B, .C, .dt
-    rows: slice
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """A Linear in scope."""
-
-    layer: str
-    role: str
-    block: int
-    site: str
-    rows: int
-    columns: int
-    units: tuple[Unit, ...]
-    online: bool  # a scheme's `online` rotates its input
-
-
-@dataclass(frozen=True)
-class Scope:
-    """What is quantised and what is not, and why: one row for each kind of tensor, blocks counted."""
-
-    family: Family
-    matrices: tuple[Matrix, ...]
-    rows: tuple[Mapping[str, Any], ...]
-
-    @property
-    def json(self) -> str:
-        return json.dumps([dict(row) for row in self.rows], sort_keys=True)
-
-    @property
-    def digest(self) -> str:
-        return digest([dict(row) for row in self.rows])
-
-    def __str__(self) -> str:
-        shown = pd.DataFrame(self.rows).assign(scope=lambda frame: np.where(frame["quantised"], "in", "out"))
-        return shown[["scope", "tensor", "count", "shape", "kind", "reason"]].to_string(index=False)
-
-
-def scope(model: nn.Module) -> Scope:
-    """Which tensors of the model are in and which are out; raises `BitallocError` for one that its family leaves open.
-
-    Raises it too for a model of no known family and for matrices that are no `nn.Linear`.
-    """
-    name = type(model).__name__
-    family = next((known for known in FAMILIES.values() if name in known.architectures), None)
-    if family is None:
-        raise BitallocError(f"no family is known for {name}; add it to bitalloc/families.py")
-    matrices, rows = [], {}
-    for tensor, parameter in model.named_parameters(remove_duplicate=False):
-        role, block, kind, reason = family.claim(tensor)
-        pattern = tensor
-        if tensor.startswith(f"{family.blocks}."):
-            pattern = f"{family.blocks}.*.{tensor.removeprefix(f'{family.blocks}.').partition('.')[2]}"
-        facts = {"quantised": role is not None, "kind": kind, "reason": reason or "a Linear of every block"}
-        row = rows.setdefault(pattern, {"tensor": pattern, "shape": list(parameter.shape), **facts, "count": 0})
-        row["count"] += 1
-        if role is None:
-            continue
-        layer = tensor.removesuffix(".weight")
-        if not isinstance(model.get_submodule(layer), nn.Linear):
-            raise BitallocError(f"{layer} is {type(model.get_submodule(layer)).__name__}, no nn.Linear as schemes need")
-        parts = _parts(model.config, family, role.name)
-        units = tuple(Unit(f"{layer}.{part}" if part else layer, at) for part, at in parts)
-        online = role.site == family.roles[-1].site
-        site = f"{block}.{role.site}"
-        matrices.append(Matrix(layer, role.name, block, site, *parameter.shape, units=units, online=online))
-    if not matrices:
-        raise BitallocError(f"{name} has no Linear left to quantise: a scheme was applied to it; load it again")
-    return Scope(family, tuple(matrices), tuple(rows.values()))
-
-
-def _parts(config: Any, family: Family, role: str) -> list[tuple[str, slice]]:
-    """Row blocks of a matrix; of in_proj of Mamba2 gate z, input x, B, C and step dt, in the order of its rows."""
-    if family.name != "mamba2" or role != "in_proj":
-        return [("", slice(None))]
-    inner, state = int(config.expand * config.hidden_size), config.n_groups * config.state_size
-    sizes = {"z": inner, "x": inner, "B": state, "C": state, "dt": config.num_heads}
-    edges = np.cumsum([0, *sizes.values()]).tolist()
-    return [(part, slice(a, b)) for part, a, b in zip(sizes, edges, edges[1:], strict=False)]
-
-
-# ---- calibration -------------------------------------------------------------------------------------
-class Calibration:
-    """What schemes of one model share: moments H_II of every input in scope, and a sample of it; float32.
-
-    Takes the model as it is: one whose residual stream was rotated has a calibration of its own.
-    """
-
-    def __init__(self, model: nn.Module, tokens_NT: Tensor, *, batch: int = 8) -> None:
-        """`tokens_NT`: token ids of windows of equal length, from the calibrate split."""
-        if tokens_NT.dim() != 2 or not tokens_NT.numel():
-            raise BitallocError("schemes are calibrated on windows of equal length: give token ids [windows, tokens]")
-        self.tokens_NT, self.batch = tokens_NT, batch
-        matrices = {matrix.site: matrix for matrix in scope(model).matrices}
-        self.H = {site: torch.zeros(m.columns, m.columns, dtype=torch.float64) for site, m in matrices.items()}
-        kept: dict[str, list[Tensor]] = {site: [] for site in matrices}
-        steps = {site: -(-tokens_NT.numel() * m.columns // SAMPLE) for site, m in matrices.items()}
-
-        def hook(site: str, x_BTI: Tensor) -> None:
-            X_TI = x_BTI.detach().flatten(0, -2).float()
-            self.H[site] += (X_TI.T @ X_TI).cpu()
-            kept[site].append(X_TI[:: steps[site]].cpu())
-
-        handles = [
-            model.get_submodule(m.layer).register_forward_pre_hook(lambda _, args, site=site: hook(site, args[0]))
-            for site, m in matrices.items()
-        ]
-        try:
-            with torch.inference_mode():
-                for part in tokens_NT.split(batch):
-                    model.base_model(input_ids=part.to(_device(model)), use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
-        self.H = {site: (H_II / tokens_NT.numel()).float() for site, H_II in self.H.items()}
-        self.X = {site: torch.cat(parts) for site, parts in kept.items()}
-
-    def windows(self, device: torch.device, count: int = 16) -> Windows:
-        """At most `count` of the windows, evenly over all, to be scored."""
-        places = np.linspace(0, len(self.tokens_NT) - 1, min(count, len(self.tokens_NT))).round().astype(int)
-        rows = [self.tokens_NT[place].tolist() for place in places]
-        frame = pd.DataFrame({"tokens": rows, "split": "calibrate", "corpus": "calibrate", "window": places})
-        return Windows(frame, batch=self.batch, device=device)
-
-
-# ---- modules -----------------------------------------------------------------------------------------
-class QuantLinear(nn.Module):
-    """y = What q(R x) + b: a Linear whose weights and input are rounded; `rotation` and `activation` may be None.
-
-    With `kept_O` the marked outputs come from the original weights and input instead: what layerwise sensitivity needs.
-    """
-
-    def __init__(
-        self, linear: nn.Linear, What_OI: Tensor, activation: Activation | None, rotation: Rotation | None
-    ) -> None:
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.activation, self.rotation, self.bias = activation, rotation, linear.bias
-        self.register_buffer("What_OI", What_OI.to(linear.weight))
-        self.original_OI: Tensor | None = None
-        self.kept_O: Tensor | None = None
-
-    @property
-    def weight(self) -> Tensor:
-        """What_OI. Fused kernels take it when training and pass by this module's forward, hence the refusal."""
-        if self.training:
-            raise BitallocError(
-                "a quantised Linear was read in training mode, where a kernel may pass it by: model.eval()"
-            )
-        return self.What_OI
-
-    def forward(self, x_TI: Tensor) -> Tensor:
-        read_TI = x_TI if self.rotation is None else self.rotation(x_TI)
-        if self.activation is not None:
-            read_TI = self.activation(read_TI)
-        y_TO = F.linear(read_TI, self.weight, self.bias)
-        if self.kept_O is None:
-            return y_TO
-        return torch.where(self.kept_O, F.linear(x_TI, self.original_OI, self.bias), y_TO)
-
-    def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, {self.activation}, rotated={self.rotation is not None}"
-
-
-@contextmanager
-def calls(model: nn.Module, layers: list[str]) -> Iterator[Counter[str]]:
-    """Counts how often the forward of each of these modules is called meanwhile: 0 for one that is passed by."""
-    counts: Counter[str] = Counter(dict.fromkeys(layers, 0))
-    handles = [
-        model.get_submodule(layer).register_forward_hook(lambda *_, layer=layer: counts.update([layer]))
-        for layer in layers
-    ]
-    try:
-        yield counts
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-# ---- application -------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Record:
     """What was done to a model."""
@@ -418,7 +218,7 @@ class _Work:
     def _sensitivities(self, units: list[tuple[Matrix, Unit]]) -> np.ndarray:
         """KL in nats a token with each unit alone at the probe's bits."""
         assert self.calibration is not None
-        windows, head = self.calibration.windows(_device(self.model)), Head(self.model)
+        windows, head = self.calibration.windows(device_of(self.model)), Head(self.model)
         reference, found = windows.hidden(self.model), []
         for matrix, unit in units:
             weight = self.model.get_submodule(matrix.layer).weight.data[unit.rows]
@@ -462,13 +262,13 @@ class _Work:
     def _rotation(self, matrix: Matrix) -> Rotation | None:
         if not (self.scheme.online and matrix.online):
             return None
-        return Rotation(matrix.columns, seed=self.seed, device=_device(self.model))
+        return Rotation(matrix.columns, seed=self.seed, device=device_of(self.model))
 
     def _factor(self, matrix: Matrix) -> Factor:
         assert self.calibration is not None
         if matrix.site not in self._factors:
             self._factors.clear()  # one is held, and matrices of a site come one after another
-            H_II, rotation = self.calibration.H[matrix.site].to(_device(self.model)), self._rotation(matrix)
+            H_II, rotation = self.calibration.H[matrix.site].to(device_of(self.model)), self._rotation(matrix)
             H_II = H_II if rotation is None else rotation.moments(H_II)
             self._factors[matrix.site] = Factor(H_II, DAMPING, name=matrix.site)
         return self._factors[matrix.site]
@@ -480,7 +280,7 @@ class _Work:
         if not (scheme.static or scheme.clipped):
             return Dynamic(scheme.a_bits, scheme.symmetric)
         assert self.calibration is not None
-        X_SI, rotation = self.calibration.X[matrix.site].to(_device(self.model)), self._rotation(matrix)
+        X_SI, rotation = self.calibration.X[matrix.site].to(device_of(self.model)), self._rotation(matrix)
         X_SI = X_SI if rotation is None else rotation(X_SI)
         if scheme.clipped:
             return clipped(X_SI, scheme.a_bits, symmetric=scheme.symmetric)
@@ -524,41 +324,5 @@ def absmax(W_OI: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
     return rounded(groups_OGg, scale_OG[..., None], bits).view(rows, -1)[:, :columns], scale_OG
 
 
-@torch.no_grad()
-def fold(model: nn.Module, found: Scope, seed: int) -> None:
-    """Rotate the residual stream of a Mamba2 by R, in its weights alone: its logits stay what they are.
-
-    Exact, because all that lies between writers and readers of the stream are additions and RMS norms, and a norm
-    without weights commutes with R; the norms' weights go into the matrices that read them first. The input of out_proj
-    is no such place: gate and norm make it, not a matrix, so its rotation has to be done at run time (`online`).
-    """
-    if found.family.name != "mamba2":
-        raise BitallocError(f"folded: the residual stream of {found.family.name} is not folded yet; take `online`")
-    body, head = model.backbone, model.lm_head
-    rotation = Rotation(model.config.hidden_size, seed=seed, device=_device(model))
-    if head.weight is body.embeddings.weight:  # the head takes the last norm's weights, the embedding does not
-        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-        model.config.tie_word_embeddings = False
-
-    def reads(W_OI: Tensor, norm: nn.Module) -> None:
-        W_OI.copy_(rotation(W_OI.float() * norm.weight.float()))
-        norm.weight.fill_(1.0)
-
-    def writes(tensor: Tensor | None) -> None:
-        if tensor is not None:  # [D, I], or a bias [D]
-            tensor.copy_(rotation(tensor.float().T).T)
-
-    body.embeddings.weight.copy_(rotation(body.embeddings.weight.float()))
-    for block in body.layers:
-        reads(block.mixer.in_proj.weight, block.norm)
-        writes(block.mixer.out_proj.weight)
-        writes(block.mixer.out_proj.bias)
-    reads(head.weight, body.norm_f)
-
-
 def _count(matrix: Matrix, unit: Unit) -> int:
     return len(range(*unit.rows.indices(matrix.rows)))
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device

@@ -63,7 +63,7 @@ class Bench:
         self.windows = Windows(scored, batch=evaluate.batch, device=device, stride=evaluate.stride)
         self.calibrate = spread(tokens, settings.windows)
         read = [self.windows.keys, [np.asarray(ids).tolist() for ids in self.calibrate["tokens"]]]
-        code = source_digest("bitalloc.ladder", "bitalloc.layerwise")
+        code = source_digest("bitalloc.schemes.ladder", "bitalloc.schemes.layerwise")
         self.identity = digest([sorted(inventory["digest"]), read, seed, device.type, evaluate.batch, code])
 
     def load(self) -> Any:
@@ -146,7 +146,7 @@ def ladder(bench: Bench) -> pd.DataFrame:
     rows = _rows(bench, Scheme(REFERENCE, dtype=str(bench.model.dtype).removeprefix("torch.")), found)
     for scheme in schemes:
         rows += _rows(bench, scheme, found)
-    return pd.DataFrame(rows)[[column.name for column in SCHEMES.columns]]
+    return pd.DataFrame(rows)[SCHEMES.names]
 
 
 def _reference(bench: Bench) -> JSON:

@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from bitalloc import schemes
 from bitalloc.errors import BitallocError
 from bitalloc.models import load_model
 from bitalloc.scheme import LADDER, Scheme
-from bitalloc.schemes import Calibration, QuantLinear, apply, calls, scope
+from bitalloc.schemes import Calibration, QuantLinear, application, apply, calls, scope
+from bitalloc.schemes.folding import fold
 from tests.random_models import BLOCKS, VOCABULARY, build
 
 IDS = torch.randint(0, VOCABULARY, (6, 24), generator=torch.Generator().manual_seed(0))
@@ -77,7 +77,7 @@ def test_training_mode_where_kernels_read_weights_past_the_module_is_refused() -
 # ---- rotations ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("techniques", ["online", "folded", "online+folded"])
 def test_rotations_change_nothing_without_rounding(techniques: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(schemes.DTYPE, "bf16", torch.float32)  # 16-bit "rounding" to float32: none
+    monkeypatch.setitem(application.DTYPE, "bf16", torch.float32)  # 16-bit "rounding" to float32: none
     model = build("mamba2")
     before = logits(model)
     record = apply(model, f"w16a16+{techniques}", seed=5)
@@ -92,7 +92,7 @@ def test_folding_separates_a_tied_head() -> None:
     model = build("mamba2")
     model.lm_head.weight = model.backbone.embeddings.weight
     before = logits(model)
-    schemes.fold(model.requires_grad_(False), scope(model), seed=0)
+    fold(model.requires_grad_(False), scope(model), seed=0)
     assert model.lm_head.weight is not model.backbone.embeddings.weight
     assert (logits(model) - before).norm() < 1e-5 * before.norm()
 

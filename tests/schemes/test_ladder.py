@@ -13,12 +13,12 @@ import pandas as pd
 import pytest
 import torch
 
-from bitalloc import config, ladder, retrieve
+from bitalloc import config, retrieve
 from bitalloc.errors import BitallocError
 from bitalloc.families import FAMILIES
-from bitalloc.layerwise import layerwise
 from bitalloc.models import load_model
-from bitalloc.schemes import apply, scope
+from bitalloc.schemes import apply, ladder, scope
+from bitalloc.schemes.layerwise import layerwise
 from bitalloc.store import Store
 from bitalloc.suites import Head, Windows
 from bitalloc.suites.perplexity import eval_ppl
