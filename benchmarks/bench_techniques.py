@@ -9,9 +9,9 @@ python benchmarks/bench_techniques.py [--models gpt2_tiny_6 /a/folder] [--budget
 Each row departs in one thing from the default: damping .1, activation order, clipping search, codes with zeros, moments
 of the unquantised model, group size an option (32, 64, 128), no rank. Rows that change what is on offer (symmetric
 codes, group size, rank) solve the allocation anew for the same bytes, all others keep the default's map. `times` is KL
-over that of the default with codes of the same kind, and of the default's learned codes over its swept ones, with 95 %
-intervals (paired bootstrap over windows): below 1 the row is better. They do not hold the luck of learning; how far
-other draws of its windows lie apart (`another draw`, `a third draw`) does.
+over that of the default with codes of the same kind, and of the default's learned codes over its swept ones;
+`ppl_times` is PPL over PPL. 95 % intervals (paired bootstrap over windows); below 1 the row is better. They do not hold
+the luck of learning: how far apart other draws of its windows lie does (`another draw`, `a third draw`).
 
 Shards are kept in `--work`: a run that was broken off, or is repeated, recalls what was swept and learned.
 """
@@ -28,7 +28,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from comparison import ratio, summary
+from comparison import perplexity_ratio, ratio, summary
 from project import ROOT
 from techniques import Made, Study, by_matrix, clipped, folded, nearest, offer, rotated, sequential, setting
 
@@ -66,6 +66,7 @@ ROWS: dict[str, tuple[Callable[[Study, float], Made], dict[str, Any] | None]] = 
     "learned from original inputs": (setting, {"inputs": "original"}),
 }
 KEY = ("model", "budget", "technique", "codes")
+TIMES, PPL_TIMES = ("times", "times_lo", "times_hi"), ("ppl_times", "ppl_times_lo", "ppl_times_hi")
 
 
 def measure(study: Study, bpw: float, names: Sequence[str], *, learn: bool) -> Iterator[dict[str, Any]]:
@@ -83,9 +84,10 @@ def measure(study: Study, bpw: float, names: Sequence[str], *, learn: bool) -> I
             scores = made.study.scores(made.swept() if codes == "swept" else made.learned(**settings))
             reference = default.get("swept", scores) if name == "default" else default[codes]
             default.setdefault(codes, scores)
-            times = dict(zip(("times", "times_lo", "times_hi"), ratio(scores, reference), strict=True))
-            cost = {"nbytes": int(made.plan["nbytes"].sum()), "cpu_s": time.process_time() - start}
-            yield dict(zip(KEY, (study.name, bpw, name, codes), strict=True)) | summary(scores) | times | cost
+            row = dict(zip(KEY, (study.name, bpw, name, codes), strict=True)) | summary(scores)
+            row |= dict(zip(TIMES, ratio(scores, reference), strict=True))
+            row |= dict(zip(PPL_TIMES, perplexity_ratio(scores, reference), strict=True))
+            yield row | {"nbytes": int(made.plan["nbytes"].sum()), "cpu_s": time.process_time() - start}
 
 
 def main() -> None:
@@ -109,8 +111,8 @@ def main() -> None:
                 for row in measure(study, bpw, arguments.techniques, learn=bpw in arguments.learn):
                     place = tuple(row[name] for name in KEY)
                     rows[place] = row
-                    interval = f"{row['times']:.2f} [{row['times_lo']:.2f}, {row['times_hi']:.2f}]"
-                    scored = f"KL {row['kl']:.4f}  PPL {row['ppl']:.3f}  {interval}  {row['cpu_s']:.0f} CPU s"
+                    kl, ppl = ("{:.3f} [{:.3f}, {:.3f}]".format(*map(row.get, names)) for names in (TIMES, PPL_TIMES))
+                    scored = f"KL {row['kl']:.4f}, {kl}  PPL {row['ppl']:.3f}, {ppl}  {row['cpu_s']:.0f} CPU s"
                     print("{} {} {:30}{:8}".format(*place), scored, flush=True)
                     record = {"run": run_record("torch", "transformers"), "rows": list(rows.values())}
                     write_atomically(arguments.output, (json.dumps(record, indent=1) + "\n").encode())

@@ -92,9 +92,7 @@ class Study:
     @cached_property
     def coefficients(self) -> pd.DataFrame:
         """SENSITIVITY: what a unit of relative error of a matrix costs in KL."""
-        given = {"path": self.path, "inventory": self.inventory, "tokens": self.tokens}
-        how = {"settings": self.settings.sensitivity, "store": self.store, "device": self.device}
-        return sensitivity(experiments=self.experiments(), **given, **how)
+        return sensitivity(experiments=self.experiments(), tokens=self.tokens, settings=self.settings.sensitivity)
 
     def plan(self, bpw: float, **sweep: Any) -> pd.DataFrame:
         """Rows of SWEEP, one for each matrix: the least cost of what `sweep` offers, in that many bits a weight."""
