@@ -77,6 +77,8 @@ def measure(study: Study, bpw: float, names: Sequence[str], *, learn: bool) -> I
         try:
             made = technique(study, bpw)
         except BitallocError as error:
+            if name == "default":
+                raise
             print(f"{name}: {error}", flush=True)
             continue
         kinds = [] if settings else ["swept"]  # what `tune` does changes nothing before it
