@@ -48,10 +48,11 @@ ROWS: dict[str, dict[str, Any]] = {
     "original inputs, polished": {"inputs": "original"},
     "from nearest, polished": {"start": "nearest"},
     # the grid that the defaults were chosen from, on select windows of models that nothing is compared on (docs/LOG.md)
-    "polish at .0001": {"polish_rate": 0.0001},
-    "polish at .0005": {"polish_rate": 0.0005},
+    "polish at .0003": {"polish_rate": 0.0003},
     "polish at .001": {"polish_rate": 0.001},
     "polish at .003": {"polish_rate": 0.003},
+    "KL alone": {"polish_truth": 0},
+    "twice the NLL": {"polish_truth": 0.3},
     "half the blocks' steps": {"iterations": 100},
     "100 and 300 steps": {"iterations": 100, "polish": 300},
     # the blocks by themselves: the polish would hide what they owe to each technique
