@@ -123,11 +123,10 @@ bench-tune: $(VENV)/.dev
 	$(BIN)/snakemake --cores $(CORES) $(ROUNDS:%=results/%/plans.parquet) --quiet rules host
 	$(BIN)/python benchmarks/bench_tune.py --models $(ROUNDS) --seeds 5
 
-# each technique off in turn, on a model that nothing is compared on
+# each technique off in turn, on a model that nothing is compared on: `make bench-techniques MODEL=/a/folder`, any other
 bench-techniques: $(VENV)/.dev
-	$(BIN)/snakemake --cores $(CORES) results/gpt2_tiny_6/plans.parquet --quiet rules host --config 'gates={mode: warn}'
-	$(BIN)/python benchmarks/bench_tune.py --models gpt2_tiny_6 --plans best bits_only uniform --output benchmarks/results/techniques.json \
-		--rows default blocks "polish alone" "polish no codes" "no scales" "original inputs, polished" "from nearest, polished"
+	$(if $(MODEL),,$(BIN)/snakemake --cores $(CORES) results/trained/gpt2-6/model.safetensors --quiet rules host)
+	$(BIN)/python benchmarks/bench_techniques.py $(MODEL:%=--models %)
 
 clean:
 	rm -rf results logs .snakemake

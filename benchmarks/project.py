@@ -28,9 +28,10 @@ ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("Snakefile", "workflow", "scripts", "config", "profiles", "envs")
 MODEL = "bench"  # its name in the sheet of the copy
 # the lean run of somebody who wants a checkpoint: no random pool, no arms, no other texts; a NO-GO is noted. Codes are
-# learned by the defaults: the sheet of `tiny` has the few steps of the demo
+# learned by the defaults: the sheet of `tiny` has the few steps of the demo. Bits beyond four for budgets beyond four
 LEAN: dict[str, dict[str, Any]] = {
     "retrieve": {"items": {}},
+    "sweep": {"bits": [2, 3, 4, 5, 6]},
     "sensitivity": {"signals": ["kl"]},
     "allocate": {"pool": 0, "arms": []},
     "evaluate": {"suites": ["perplexity", "divergence"], "protocols": [], "jobs": 1},

@@ -19,10 +19,10 @@ from bitalloc.families import FAMILIES
 from bitalloc.formats.bitalloc import load_model
 from bitalloc.models import set_weight
 from bitalloc.option import from_row
-from bitalloc.quant.learned import Learned
+from bitalloc.quant.learned import LOOKS, Learned, descend
 from bitalloc.store import Store
 from bitalloc.tables import TUNED, TUNED_OPTIONS
-from bitalloc.tune import BLOCK, POLISH, SELECT, Tuned, descend
+from bitalloc.tune import BLOCK, POLISH, SELECT, Tuned
 from tests.quant.test_learned import OPTIONS as MATRICES
 from tests.quant.test_learned import given
 from tests.random_models import BLOCKS
@@ -81,6 +81,11 @@ def kl(reference: Any, model: Any, ids: torch.Tensor) -> float:
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
 
 
+def nll(model: Any, ids: torch.Tensor) -> float:
+    with torch.no_grad():
+        return model(ids, labels=ids).loss.item()
+
+
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_losses_are_those_of_the_whole_model(family: str, tmp_path: Path) -> None:
     """Each block reads what the tuned ones before it put out and aims at what the original puts out."""
@@ -105,14 +110,17 @@ def test_losses_are_those_of_the_whole_model(family: str, tmp_path: Path) -> Non
         assert row["kept"] == (row["loss_after"] < row["loss_before"])
     assert frame["kept"][:BLOCKS].any()
     polished = Tuned(bench.experiments, plan, rows[:-1])
-    for row, source, loss, ids in (
-        (rows[-2], learned, "loss_before", held),
-        (rows[-2], polished, "loss_after", held),
-        (rows[-1], swept, "loss_before", split["select"]),
-        (rows[-1], polished, "loss_after", split["select"]),
+    before = nll(put_on(model, bench, plan, dict.fromkeys(range(BLOCKS), learned)), held)
+    truth = Tune().polish_truth * rows[-2]["loss_before"] ** 0.5
+    for row, source, loss, ids, weight in (
+        (rows[-2], learned, "loss_before", held, truth),
+        (rows[-2], polished, "loss_after", held, truth),
+        (rows[-1], swept, "loss_before", split["select"], 0),
+        (rows[-1], polished, "loss_after", split["select"], 0),
     ):
-        found = kl(reference, put_on(model, bench, plan, dict.fromkeys(range(BLOCKS), source)), ids)
-        assert row[loss] == pytest.approx(found, rel=1e-3)
+        put_on(model, bench, plan, dict.fromkeys(range(BLOCKS), source))
+        expected = kl(reference, model, ids) + weight * (nll(model, ids) - before)
+        assert row[loss] == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -210,6 +218,19 @@ def test_killed_run_goes_on_at_the_first_unfinished_block(
     assert tuned_blocks == [1]
 
 
+def test_a_model_too_large_for_the_polish_is_refused_before_the_blocks(
+    bench: Small, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = bench.random_plan(8)
+    weights = (bench.inventory["rows"] * bench.inventory["columns"])[bench.inventory["claimed"]].sum()
+    monkeypatch.setattr(stage, "total_memory", lambda _: 10 * weights)
+    monkeypatch.setattr(stage._Run, "_block", lambda *_: pytest.fail("a block was learned"))
+    with pytest.raises(BitallocError, match=r"takes some \d+ GB, cpu has \d+: set tune.polish to 0"):
+        run(bench, plan)
+    with pytest.raises(pytest.fail.Exception):
+        run(bench, plan, FAST.model_copy(update={"polish": 0}))
+
+
 def test_never_more_than_a_block_until_the_whole_is_judged(
     bench: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,7 +283,7 @@ def test_descent_leaves_the_best_iterate(optimizer: str) -> None:
         **how,
     )
     assert least == min(losses) == distance().item() < start == losses[0] and 0 < step <= 20
-    assert len(losses) == 1 + stage.LOOKS
+    assert len(losses) == 1 + LOOKS
     # a rate that only harms: the start stays
     learned = Learned(matrix, W_OI)
     before = learned.compressed().tensors()

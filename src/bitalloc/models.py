@@ -8,6 +8,7 @@ filled from the checkpoint one at a time (`materialise`) and emptied again (`dro
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from logging import getLogger
@@ -194,6 +195,13 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise BitallocError("device cuda: torch finds no GPU here; set `device: cpu` or `device: auto`")
     return torch.device(name)
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes of the GPU, or of this machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def working_dtype(device: torch.device) -> torch.dtype:

@@ -3,8 +3,9 @@
 The map (options, bytes) of a plan is kept; what is rounded is learned on calibrate windows from where GPTQ left it. A
 block learns to give, from what the tuned blocks before it put out, what the original gives on its own inputs: signed
 gradient descent on rounding and scales (SignRound, Cheng et al. 2023). The polish then follows the KL to the original
-model's predictions through all blocks at once. Of all iterates the best on windows held out from training is kept, the
-start among them; of the tuned and the swept plan the one of lower KL on the select split is shipped.
+model's predictions through all blocks at once, and a little of the NLL of the text itself. Of all iterates the best on
+windows held out from training is kept, the start among them; of the tuned and the swept plan the one of lower KL on the
+select split is shipped.
 
 One block with its gradients is in memory at a time, hidden states lie in scratch files, each finished block is a shard
 of the store. The polish needs the whole model with gradients, and begins anew when it is killed.
@@ -30,25 +31,20 @@ from torch.func import functional_call
 from bitalloc.config import Tune
 from bitalloc.errors import BitallocError
 from bitalloc.experiments import Experiments
-from bitalloc.models import load_model, read_config, set_weight, working_dtype
+from bitalloc.models import load_model, read_config, set_weight, total_memory, working_dtype
 from bitalloc.option import PASS_THROUGH, Option, from_row
 from bitalloc.progress import Progress
 from bitalloc.provenance import source_digest
 from bitalloc.quant import CompressedMatrix
-from bitalloc.quant.learned import Learned
+from bitalloc.quant.learned import Learned, descend
 from bitalloc.store import JSON, digest
 from bitalloc.stream import Scratch, Stream, scratch
 from bitalloc.suites.scoring import Head, Windows, compare, hidden
 from bitalloc.tables import TUNED, TUNED_OPTIONS
 
 BLOCK, POLISH, SELECT = "block", "polish", "select"
+POLISH_NBYTES = 38  # a learned weight: it, its gradient, Adam's two, the best so far, and what backward needs of it
 LOGITS = 2**25  # entries of [N, T, V] that are in memory at once
-LOOKS = 10  # times that a descent looks at the windows held out
-# what a step of rate 1 moves: codes, shares of a scale, zero points, entries of a factor (of 127)
-UNITS = {
-    "sign": {"rounding": 1.0, "scales": 1.0, "zeros": 4.0, "factors": 40.0},
-    "adam": {"rounding": 1.0, "scales": 1.0, "zeros": 4.0, "factors": 100.0},
-}
 
 
 def tune(
@@ -64,9 +60,12 @@ def tune(
 ) -> pd.DataFrame:
     """Learn the codes of a PLAN frame: a TUNED frame; the tensors go to the store.
 
-    Raises `BitallocError` when there are no windows to learn on or to judge by, and for scores that are not finite.
+    Raises `BitallocError` when there are no windows to learn on or to judge by, for a model too large for the polish,
+    and for scores that are not finite.
     """
     run = _Run(name, plan, tokens, inventory, experiments, settings, seed, remote_code)
+    if settings.polish:
+        run.require_memory()  # before hours of blocks
     rows = run.blocks()
     if settings.polish:
         rows.append(run.polish(rows))
@@ -162,66 +161,6 @@ def _serialised(learned: Mapping[str, Learned]) -> bytes:
     return save({f"{layer}:{name}": tensor for layer, tensors in parts.items() for name, tensor in tensors.items()})
 
 
-def descend(
-    learned: Mapping[str, Learned],
-    parts: Sequence[str],
-    *,
-    loss: Callable[[Sequence[int]], Tensor | None],
-    held: Callable[[], float],
-    train: Sequence[int],
-    steps: int,
-    rate: float | None,
-    batch: int,
-    optimizer: str,
-    seed: Sequence[int],
-    advance: Callable[[], None] = lambda: None,
-) -> tuple[int, float]:
-    """Learn these parts of the matrices in `steps` steps: the step of the best iterate, which is left, and its loss.
-
-    The rate falls linearly to 0; it is 1 / steps if None, by which a code travels half a unit in all. `loss` takes
-    windows, drawn from `train` with replacement, and returns what is to be descended, or has called backward itself;
-    `held` is the loss on windows that are not in `train`, told at the start and ten times. sign: x -= rate unit
-    sign(gradient) (Cheng et al. 2023), adam: torch's at rate x unit; the units are `UNITS`.
-    """
-    groups = [
-        {"params": matrix.parameters[part], "unit": UNITS[optimizer][part]}
-        for matrix in learned.values()
-        for part in parts
-    ]
-    groups = [group for group in groups if group["params"]]
-    parameters = [parameter.requires_grad_() for group in groups for parameter in group["params"]]
-    draw, rate = np.random.default_rng(list(seed)), rate or 1 / max(1, steps)
-    adam = torch.optim.Adam(groups, lr=rate, betas=(0.9, 0.99)) if optimizer == "adam" and groups else None
-    best, least, kept = 0, held(), [parameter.detach().clone() for parameter in parameters]
-    for step in range(steps):
-        value = loss(draw.choice(train, batch).tolist()) if groups else None
-        if value is not None:
-            value.backward()
-        now = rate * (1 - step / steps)
-        if adam:
-            for group in adam.param_groups:
-                group["lr"] = now * group["unit"]
-            adam.step()
-        with torch.no_grad():
-            for group in groups:
-                for parameter in group["params"]:
-                    if not adam:
-                        parameter.sub_(parameter.grad.sign(), alpha=now * group["unit"])
-                    parameter.grad = None
-        for matrix in learned.values():
-            matrix.confine()
-        advance()
-        if (step + 1) % max(1, steps // LOOKS) == 0 or step + 1 == steps:
-            found = held()
-            if found < least:
-                best, least, kept = step + 1, found, [parameter.detach().clone() for parameter in parameters]
-    with torch.no_grad():
-        for parameter, value in zip(parameters, kept, strict=True):
-            parameter.copy_(value)
-            parameter.requires_grad_(False)
-    return best, least
-
-
 class _Block:
     """One block as a regression: what its weights make of the tuned stream, against what the original put out."""
 
@@ -287,7 +226,7 @@ class _Run:
     ) -> None:
         self.name, self.experiments, self.settings, self.seed = name, experiments, settings, seed
         self.store, self.device, self.remote_code = experiments.store, experiments.device, remote_code
-        self.checkpoint, self.plan, self.tokens = experiments.checkpoint, plan, tokens
+        self.checkpoint, self.plan, self.tokens, self.inventory = experiments.checkpoint, plan, tokens, inventory
         self.options = {row["layer"]: from_row(row, experiments.sweep) for row in plan.to_dict("records")}
         self.layers: dict[int, list[str]] = {}
         for layer, block in zip(plan["layer"], plan["block"], strict=True):
@@ -322,6 +261,9 @@ class _Run:
         total = len(self.keys) * settings.iterations + settings.polish
         self.progress = Progress("tune", total, unit="steps")
         self.progress.note = name
+
+    def _learns(self, layer: str) -> bool:
+        return self.options[layer].quantizer != PASS_THROUGH
 
     def _swept(self, layer: str) -> CompressedMatrix:
         return self.experiments.matrix(layer, self.options[layer])
@@ -390,7 +332,7 @@ class _Run:
         learned = {
             layer: self._learned(layer, self._swept(layer), nearest=settings.start == "nearest")
             for layer in self.layers[work.block]
-            if self.options[layer].quantizer != PASS_THROUGH
+            if self._learns(layer)
         }
         given = work.tuned if settings.inputs == "tuned" else work.original
 
@@ -439,6 +381,19 @@ class _Run:
             set_weight(self.model, self.checkpoint.family, layer, W_OI)
         return Head(self.model).fixed()
 
+    def require_memory(self) -> None:
+        """Raise `BitallocError` where the polish cannot fit: the model, and `POLISH_NBYTES` for each learned weight."""
+        learned = {layer for layers in self.layers.values() for layer in layers if self._learns(layer)}
+        sizes = self.inventory["rows"] * self.inventory["columns"]
+        need = int(sizes.sum()) * working_dtype(self.device).itemsize
+        need += int(sizes[self.inventory["layer"].isin(learned)].sum()) * POLISH_NBYTES
+        there = total_memory(self.device)
+        if need > there:
+            raise BitallocError(
+                f"the polish of this model takes some {need / 1e9:.0f} GB, {self.device.type} has {there / 1e9:.0f}: "
+                "set tune.polish to 0; codes are then learned block by block alone, one block in memory at a time"
+            )
+
     def polish(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The row of the descent through all blocks at once, from what their rows have kept."""
         settings = {name: value for name, value in self.settings.model_dump().items() if name.startswith("polish")}
@@ -455,36 +410,41 @@ class _Run:
             layer: self._learned(layer, matrix(layer))
             for layers in self.layers.values()
             for layer in layers
-            if self.options[layer].quantizer != PASS_THROUGH
+            if self._learns(layer)
         }
         turned = self.checkpoint.family.turned
 
-        def kl(windows: Sequence[int]) -> Tensor:
-            """Summed over these windows, mean over the tokens of each: nats a token."""
+        def scores(windows: Sequence[int]) -> Tensor:
+            """KL, and NLL of the text: nats a token, [2], means over each window, summed over these windows."""
             weights = {layer: learned[layer].weight() for layer in learned}
             named = {f"{layer}.weight": W_OI.T if turned(layer) else W_OI for layer, W_OI in weights.items()}
-            h_NTD = self._states(self.ids_NT[windows].to(self.device), named)[:, :-1].float()
+            ids_NT = self.ids_NT[windows].to(self.device)
+            h_NTD = self._states(ids_NT, named)[:, :-1].float()
             r_NTD = torch.cat([reference[window] for window in windows])[:, :-1].to(self.device).float()
             log_q, log_p = own.logits(h_NTD).log_softmax(-1), head.logits(r_NTD).log_softmax(-1)
-            return (log_p.exp() * (log_p - log_q)).sum(-1).mean(1).sum()
+            kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean(1).sum()
+            return torch.stack([kl, -log_q.gather(-1, ids_NT[:, 1:, None])[..., 0].mean(1).sum()])
 
         # logits of a large vocabulary take more memory than the model
         size = max(1, LOGITS // (self.ids_NT.shape[1] * len(head.weight_VD)))
 
+        @torch.no_grad()
+        def held() -> Tensor:
+            return torch.stack([scores(turn) for turn in _turns(self.held, size)]).sum(0) / len(self.held)
+
+        start = held()
+        # w of the NLL costs some w^2 of KL wherever it starts: by sqrt(KL) the same share of it at every budget
+        weight = torch.stack([torch.ones_like(start[0]), settings.polish_truth * start[0].sqrt()])
+
         def loss(windows: Sequence[int]) -> None:
             for turn in _turns(windows, size):
-                (kl(turn) / len(windows)).backward()
+                (scores(turn) @ weight / len(windows)).backward()
 
-        @torch.no_grad()
-        def held() -> float:
-            return sum(kl(turn).item() for turn in _turns(self.held, size)) / len(self.held)
-
-        before = held()
         step, after = descend(
             learned,
             settings.polish_learn,
             loss=loss,
-            held=held,
+            held=lambda: float(start[0] + (held() - start) @ weight),
             train=self.train,
             steps=settings.polish,
             rate=settings.polish_rate,
@@ -493,7 +453,7 @@ class _Run:
             seed=[self.seed, *POLISH.encode()],
             advance=self.progress.advance,
         )
-        return self._outcome(before, after, step, learned)
+        return self._outcome(float(start[0]), after, step, learned)
 
     def _states(self, ids_NT: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         """What the head reads, with `weights` in the place of the model's own."""

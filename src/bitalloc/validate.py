@@ -7,7 +7,6 @@ reason, where neither disk, cache nor hub has it or where it does not fit the me
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -65,11 +64,9 @@ def _hub_nbytes(model: Model) -> int:
 
 def _memory() -> int:
     """Bytes of memory that models can have: the GPU's where there is one."""
-    import torch
+    from bitalloc.models import pick_device, total_memory
 
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_properties(0).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return total_memory(pick_device("auto"))
 
 
 def missing_corpus(study: Study, config: Config) -> str:

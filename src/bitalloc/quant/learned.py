@@ -1,4 +1,5 @@
-"""A compressed matrix that takes gradients: codes, scales, zeros and factors, each through its stored precision.
+"""A compressed matrix that takes gradients: codes, scales, zeros and factors, each through its stored precision; and
+the descent that learns them.
 
 What is learned stays on the grid of the option, so that bytes, format and every exporter are those of the matrix it
 started from. Rounding is straight-through: forward the stored value, backward the identity (Bengio et al. 2013).
@@ -8,9 +9,11 @@ Shapes: O outputs, I inputs, G groups, R rank.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +23,12 @@ from bitalloc.quant.grid import LARGEST, SMALLEST
 PARTS = ("rounding", "scales", "zeros", "factors")
 EDGE = 0.49  # of the cell of a code
 ENTRY = 127.0  # largest entry of an 8-bit factor; 16-bit factors step by this share of their column's largest
+LOOKS = 10  # times that a descent looks at the windows held out
+# what a step of rate 1 moves: codes, shares of a scale, zero points, entries of a factor (of 127)
+UNITS = {
+    "sign": {"rounding": 1.0, "scales": 1.0, "zeros": 4.0, "factors": 40.0},
+    "adam": {"rounding": 1.0, "scales": 1.0, "zeros": 4.0, "factors": 100.0},
+}
 
 
 class _Through(torch.autograd.Function):
@@ -129,3 +138,77 @@ class Learned:
                 entries = {"L_OR": L_OR, "R_RI": R_RI}
                 changed |= {name: x.round().clamp(-ENTRY, ENTRY).to(torch.int8) for name, x in entries.items()}
         return replace(self.matrix, **{name: tensor.cpu().contiguous() for name, tensor in changed.items()})
+
+
+def descend(
+    learned: Mapping[str, Learned],
+    parts: Sequence[str],
+    *,
+    loss: Callable[[Sequence[int]], Tensor | None],
+    held: Callable[[], float],
+    train: Sequence[int],
+    steps: int,
+    rate: float | None,
+    batch: int,
+    optimizer: str,
+    seed: Sequence[int],
+    advance: Callable[[], None] = lambda: None,
+) -> tuple[int, float]:
+    """Learn these parts of the matrices in `steps` steps: the step of the best iterate, which is left, and its loss.
+
+    The rate falls linearly to 0; it is 1 / steps if None, by which a code travels half a unit in all. `loss` takes
+    windows of `train`, all of which come before any comes again, and returns what is to be descended, or has called
+    backward itself; `held` is the loss on windows that are not in `train`, told at the start and ten times. sign:
+    x -= rate unit sign(gradient) (Cheng et al. 2023), adam: torch's at rate x unit; the units are `UNITS`.
+    """
+    groups = [
+        {"params": matrix.parameters[part], "unit": UNITS[optimizer][part]}
+        for matrix in learned.values()
+        for part in parts
+    ]
+    groups = [group for group in groups if group["params"]]
+    parameters = [parameter.requires_grad_() for group in groups for parameter in group["params"]]
+    draws, rate = _draws(train, batch, seed), rate or 1 / max(1, steps)
+    adam = torch.optim.Adam(groups, lr=rate, betas=(0.9, 0.99)) if optimizer == "adam" and groups else None
+    best, least, kept = 0, held(), [parameter.detach().clone() for parameter in parameters]
+    for step in range(steps):
+        value = loss(next(draws)) if groups else None
+        if value is not None:
+            value.backward()
+        now = rate * (1 - step / steps)
+        if adam:
+            for group in adam.param_groups:
+                group["lr"] = now * group["unit"]
+            adam.step()
+        with torch.no_grad():
+            for group in groups:
+                for parameter in group["params"]:
+                    if not adam:
+                        parameter.sub_(parameter.grad.sign(), alpha=now * group["unit"])
+                    parameter.grad = None
+        for matrix in learned.values():
+            matrix.confine()
+        advance()
+        if (step + 1) % max(1, steps // LOOKS) == 0 or step + 1 == steps:
+            found = held()
+            if found < least:
+                best, least, kept = step + 1, found, [parameter.detach().clone() for parameter in parameters]
+    with torch.no_grad():
+        for parameter, value in zip(parameters, kept, strict=True):
+            parameter.copy_(value)
+            parameter.requires_grad_(False)
+    return best, least
+
+
+def _draws(train: Sequence[int], batch: int, seed: Sequence[int]) -> Iterator[list[int]]:
+    """
+    >>> draws = _draws(range(4), 3, [0])
+    >>> sorted(next(draws) + next(draws)[:1])
+    [0, 1, 2, 3]
+    """
+    draw, coming = np.random.default_rng(list(seed)), list[int]()
+    while True:
+        while len(coming) < batch:
+            coming += draw.permutation(train).tolist()
+        yield coming[:batch]
+        coming = coming[batch:]

@@ -248,10 +248,14 @@ TUNED = Table(
         Column(
             "loss_before",
             FLOAT,
-            "block: ||Y - Y*||^2 / ||Y*||^2 of its output on held-out calibrate windows, swept codes; polish: KL, "
-            "there too, codes learned block by block; select: KL on the select split, swept codes; nats a token",
+            "block: ||Y - Y*||^2 / ||Y*||^2 of its output on held-out calibrate windows, swept codes; polish: KL "
+            "there, codes learned block by block; select: KL on the select split, swept codes; nats a token",
         ),
-        Column("loss_after", FLOAT, "the same of what was learned"),
+        Column(
+            "loss_after",
+            FLOAT,
+            "the same of what was learned; polish: + w (NLL - NLL before), w = polish_truth sqrt(loss_before)",
+        ),
         Column("kept", BOOL, "lower than before; else the codes before it stay"),
         Column("note", STR, "why nothing was kept, or empty"),
         Column("wall_s", FLOAT, "seconds"),
