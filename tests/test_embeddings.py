@@ -161,14 +161,11 @@ def test_scores_are_those_of_the_plan_and_of_its_checkpoint(family: str, tmp_pat
     compress({"p": plan}, results=tmp_path, experiments=bench.experiments, inventory=bench.inventory)
     scored = partial(
         evaluate,
-        path=bench.path,
-        inventory=bench.inventory,
         experiments=bench.experiments,
         tokens=tokens(),
         items=items(),
         split="report",
         settings=Evaluate(suites=["perplexity", "divergence", "world"], resamples=50),
-        device=CPU,
     )
     kept = bench.plan(OPTIONS)
     scores, _ = scored(plans={"kept": kept, "frame": plan, "checkpoint": tmp_path / "models/p"}, store=bench.store)

@@ -2,7 +2,8 @@
 
 The chain: retrieve -> calibrate -> sweep -> fit -> allocate -> compress -> evaluate -> analyze -> report. A module
 is a stage; a folder is a family behind one registry: `quant`, `strategies`, `formats`, `suites`, `figures`,
-`laws`, `analyses`, `documents`. Stages meet in the tables of `bitalloc.tables`.
+`laws`, `analyses`, `documents`; or one subject: `config`, `tables`, `schemes`, `profile`, `fairness`. Stages meet in
+the tables of `bitalloc.tables`.
 
 Glossary, from the papers' symbols to names in the code:
 
