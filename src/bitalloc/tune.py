@@ -70,7 +70,7 @@ def tune(
     if settings.polish:
         rows.append(run.polish(rows))
     rows.append(run.judge(rows))
-    return pd.DataFrame(rows)[[column.name for column in TUNED.columns]]
+    return pd.DataFrame(rows)[TUNED.names]
 
 
 def options(
@@ -112,7 +112,7 @@ def options(
                     errors = {"block_error_swept": before, "block_error_learned": min(before, after)}
                     rows.append({**row, **errors, "key": key})
             original.drop(block)
-    return pd.DataFrame(rows)[[column.name for column in TUNED_OPTIONS.columns]]
+    return pd.DataFrame(rows)[TUNED_OPTIONS.names]
 
 
 class Tuned:
