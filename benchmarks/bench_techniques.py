@@ -13,7 +13,8 @@ over that of the default with codes of the same kind, and of the default's learn
 `ppl_times` is PPL over PPL. 95 % intervals (paired bootstrap over windows); below 1 the row is better. They do not hold
 the luck of learning: how far apart other draws of its windows lie does (`another draw`, `a third draw`).
 
-Shards are kept in `--work`: a run that was broken off, or is repeated, recalls what was swept and learned.
+Shards are kept in `--work`: a run that was broken off, or is repeated, recalls what was swept and learned, and `cpu_s`
+is what the last run took.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ ROWS: dict[str, tuple[Callable[[Study, float], Made], dict[str, Any] | None]] = 
     "another draw": (setting, {"seed": 1}),
     "a third draw": (setting, {"seed": 2}),
     "no polish": (setting, {"polish": 0}),
+    "no truth in the polish": (setting, {"polish_truth": 0}),
     "no codes in the polish": (setting, {"polish_learn": ["scales", "factors"]}),
     "no blocks": (setting, {"iterations": 0}),
     "no learned scales": (setting, {"learn": ["rounding"], "polish_learn": ["rounding", "factors"]}),
