@@ -151,8 +151,12 @@ def draw(rows: Sequence[Mapping[str, Any]], name: str, path: Path) -> None:
     """KL against bits a weight of every tool of one model, and against CPU seconds at the smallest budget."""
     from bitalloc.figures.style import GREY, INK, headline, page
 
-    asked = {row["budget"] for row in rows if row["budget"] and not row["tool"].startswith("bitalloc")}
-    shown = [row for row in rows if row["kl"] is not None and row["budget"] in asked]
+    made = [row for row in rows if row["budget"] and row["kl"] is not None]
+    # ours at the very bytes of a peer is for the pairs
+    asked = {row["budget"] for row in made if not row["tool"].startswith("bitalloc")}
+    shown = [row for row in made if row["budget"] in asked] or made
+    if not shown:
+        return
     places = dict.fromkeys((row["tool"], row["budget"]) for row in shown)
     shown = [over_rows([row for row in shown if (row["tool"], row["budget"]) == place]) for place in places]
     least = min(row["budget"] for row in shown)

@@ -95,8 +95,8 @@ def timed(
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
     found = json.loads(report.read_text()) if report.is_file() else {"status": process.returncode}
-    if found.pop("status"):
-        raise FailedError(last_line(log))
+    if status := found.pop("status"):
+        raise FailedError(f"ended by {signal.Signals(-status).name}" if status < 0 else last_line(log))
     return Took(**found)
 
 

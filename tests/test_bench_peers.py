@@ -132,8 +132,11 @@ def test_figure_shows_what_there_is(bench, tmp_path):
     row = {"kl": 0.1, "kl_lo": 0.05, "kl_hi": 0.2, "bpw": 2.5, "budget": 2.5, "seconds": 9.0}
     rows = [{**row, "tool": tool} for tool in ("bitalloc best", "hqq")]
     rows += [{**row, "tool": "reference", "budget": None}, {**row, "tool": "modelopt", "kl": None}]
-    bench.draw(rows, "small", tmp_path / "peers.png")
-    assert (tmp_path / "peers.png").read_bytes().startswith(b"\x89PNG")
+    for some, name in ((rows, "peers"), (rows[:1], "ours")):  # no peer could run
+        bench.draw(some, "small", tmp_path / f"{name}.png")
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    bench.draw(rows[2:], "small", tmp_path / "nothing.png")
+    assert not (tmp_path / "nothing.png").exists()
 
 
 def test_job_beyond_its_limit_is_killed_in_one_line(bench, tmp_path):
@@ -141,6 +144,15 @@ def test_job_beyond_its_limit_is_killed_in_one_line(bench, tmp_path):
     command = [sys.executable, "-c", "import time; print('here', flush=True); time.sleep(600)"]
     with pytest.raises(running.FailedError, match=r"^not done after 0 s; give it more with --limit$"):
         running.timed(command, log=tmp_path / "log.txt", environ=running.threaded(1, ours=True), limit_s=0)
+
+
+def test_job_that_is_killed_says_by_what(bench, tmp_path):
+    running = importlib.import_module("running")
+    script = "import os, signal; print('3 of 4', flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    with pytest.raises(running.FailedError, match=r"^ended by SIGKILL$"):
+        running.timed(
+            [sys.executable, "-c", script], log=tmp_path / "log.txt", environ=running.threaded(1, ours=True), limit_s=60
+        )
 
 
 def test_only_rivals_near_the_budget_count(bench, comparison):
