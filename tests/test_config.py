@@ -37,7 +37,8 @@ def test_best_spends_more_than_the_defaults_on_every_model():
     for name in SHEET:
         assert "tuned" in best.for_model(name).compress.plans
     usual, best = usual.for_model("gpt2"), best.for_model("gpt2")
-    assert best.tune.iterations > usual.tune.iterations and best.tune.polish > usual.tune.polish
+    assert best.tune.polish > usual.tune.polish and best.tune.windows > usual.tune.windows
+    assert set(best.sweep.bits) > set(usual.sweep.bits)
     assert set(best.sweep.group_sizes) > set(usual.sweep.group_sizes)
 
 
